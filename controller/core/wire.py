@@ -1,0 +1,171 @@
+"""
+The control socket's messages: one JSON object a line, both ways.
+
+    controller -> router   hello   {version}
+    router -> controller   hello   {version, generation, routes}      the table it serves now
+    controller -> router   table   {generation, routes}               always the whole table
+    router -> controller   ack     {generation}
+    router -> controller   nack    {generation, error}                the old table stays
+    controller -> router   report  {engines, problems}                what the controller sees
+    anyone -> router       status | routes | drain                    answered by one line each
+
+Rules of this file: a message that is not exactly as written here raises `WireError`; nothing is
+guessed.  The router checks the whole of a table before it takes any of it.
+"""
+
+import ipaddress
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from controller.core.hostname import read_pattern
+from controller.core.routes import Backend, Route, RouteTable
+
+VERSION = 1
+
+MAX_LINE = 64 * 1024 * 1024
+"""Longest message in bytes: a table of 100,000 routes of 10 backends is about half of it."""
+
+Message = dict[str, Any]
+
+
+class WireError(ValueError):
+    """
+    The peer sent something that is not a message of this protocol.
+    """
+
+
+def encode(message: Message) -> bytes:
+    """
+    Write *message* as one line.
+    """
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Decoder:
+    """
+    Cut a byte stream into messages.
+    """
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """
+        Take *data* from the stream and yield every message that is complete.
+
+        Raises:
+            WireError: a line is longer than MAX_LINE or is no JSON object with a `type`.
+        """
+        self._rest += data
+        while (end := self._rest.find(b"\n")) != -1:
+            line = bytes(self._rest[:end])
+            del self._rest[: end + 1]
+            yield _read_message(line)
+        if len(self._rest) > MAX_LINE:
+            raise WireError(f"message longer than {MAX_LINE} bytes")
+
+
+def _read_message(line: bytes) -> Message:
+    try:
+        message = json.loads(line)
+    except ValueError as err:
+        raise WireError(f"not JSON: {err}") from None
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise WireError("not a JSON object with a type")
+    return message
+
+
+def dump_routes(routes: Iterable[Route]) -> list[Message]:
+    """
+    Write *routes* as the `routes` member of a hello, table or routes message.
+    """
+    return [
+        {
+            "host": route.host,
+            "backends": [
+                {"name": b.name, "source": b.source, "address": b.address, "port": b.port}
+                for b in route.backends
+            ],
+        }
+        for route in routes
+    ]
+
+
+def read_routes(value: object) -> tuple[Route, ...]:
+    """
+    Read the `routes` member of a message, all of it or nothing.
+
+    Raises:
+        WireError: names the member that is wrong, as in `routes[3].host: ...`.
+    """
+    routes = []
+    for i, item in enumerate(_list(value, "routes")):
+        where = f"routes[{i}]"
+        entry = _members(item, where, {"host", "backends"})
+        host = _str(entry["host"], f"{where}.host")
+        try:
+            normal = read_pattern(host)
+        except ValueError as err:
+            raise WireError(f"{where}.host: {err}") from None
+        if normal != host:
+            raise WireError(f"{where}.host: not normalised: {host!r}")
+        backends = tuple(
+            _read_backend(b, f"{where}.backends[{j}]")
+            for j, b in enumerate(_list(entry["backends"], f"{where}.backends"))
+        )
+        if not backends:
+            raise WireError(f"{where}.backends: empty")
+        routes.append(Route(host, backends))
+    if len({route.host for route in routes}) != len(routes):
+        raise WireError("routes: a host occurs twice")
+    return tuple(routes)
+
+
+def read_table(message: Message) -> RouteTable:
+    """
+    Read a `table` message.
+
+    Raises:
+        WireError: as `read_routes`, or the generation is not a positive number.
+    """
+    entry = _members(message, "table", {"type", "generation", "routes"})
+    generation = entry["generation"]
+    if not isinstance(generation, int) or isinstance(generation, bool) or generation < 1:
+        raise WireError(f"table.generation: not a positive number: {generation!r}")
+    return RouteTable(generation, read_routes(entry["routes"]))
+
+
+def _read_backend(item: object, where: str) -> Backend:
+    entry = _members(item, where, {"name", "source", "address", "port"})
+    address = _str(entry["address"], f"{where}.address")
+    try:
+        ipaddress.ip_address(address)
+    except ValueError as err:
+        raise WireError(f"{where}.address: {err}") from None
+    port = entry["port"]
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536:  # noqa: PLR2004 - the range of a port
+        raise WireError(f"{where}.port: not a port: {port!r}")
+    name = _str(entry["name"], f"{where}.name")
+    return Backend(name, _str(entry["source"], f"{where}.source"), address, port)
+
+
+def _members(value: object, where: str, names: set[str]) -> Message:
+    if not isinstance(value, dict):
+        raise WireError(f"{where}: not an object")
+    if value.keys() != names:
+        odd = sorted(value.keys() ^ names)
+        raise WireError(f"{where}: missing or unknown: {', '.join(map(str, odd))}")
+    return value
+
+
+def _list(value: object, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise WireError(f"{where}: not a list")
+    return value
+
+
+def _str(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise WireError(f"{where}: not a string")
+    return value

@@ -1,0 +1,163 @@
+"""
+Every setting of both processes: its name, its default, and the reason for the default.
+
+A setting is one field.  The command line (`--hello-timeout`), the environment
+(`SNIROUTE_HELLO_TIMEOUT`) and `--help` are made from it; nothing else repeats it.
+"""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import ByteSize, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Seconds = Annotated[float, Field(gt=0)]
+
+ENGINE_AUTO = "auto"
+ENGINE_NONE = "none"
+
+
+class HandoffChoice(StrEnum):
+    """
+    Which hand-off to use; `auto` takes the best that the start-up self-test proved.
+    """
+
+    AUTO = "auto"
+    SOCKMAP = "sockmap"
+    RELAY = "relay"
+
+
+def _control_path() -> Path:
+    run = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", "/tmp")  # noqa: S108 - the fallback of XDG_RUNTIME_DIR
+    return Path(run) / "sniroute" / "router.sock"
+
+
+def _comma_list(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+class CommonSettings(BaseSettings):
+    """
+    What both processes and the client commands share.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SNIROUTE_", frozen=True, extra="ignore")
+
+    control: Path = Field(
+        default_factory=_control_path,
+        description="The control socket: the router listens on it, the controller connects.",
+    )
+    log_level: str = Field("info", description="debug, info, warning or error.")
+
+    def environment(self) -> dict[str, str]:
+        """
+        Write the settings as environment variables that read back as the same settings.
+        """
+        prefix = self.model_config["env_prefix"]
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {
+            prefix + name.upper(): ",".join(map(str, v)) if isinstance(v, list) else str(v)
+            for name, v in values.items()
+        }
+
+
+class ControllerSettings(CommonSettings):
+    """
+    The controller process: which engines and files tell it of routes.
+    """
+
+    engine: Annotated[tuple[str, ...], NoDecode] = Field(
+        (ENGINE_AUTO,),
+        description="URLs of engine sockets (unix:///run/docker.sock), comma separated or "
+        "repeated; `auto` takes every Docker and Podman socket in the usual places, "
+        "`none` no engine.",
+    )
+    routes: Path | None = Field(
+        None, description="A TOML file of static routes, read again whenever it changes."
+    )
+    network: str | None = Field(
+        None,
+        description="The container network to reach containers by, where they have several and "
+        "no sniroute.network label.",
+    )
+    relist_interval: Seconds = Field(
+        60,
+        description="Seconds between full lists, in case an engine lost an event.",
+    )
+
+    _split = field_validator("engine", mode="before")(_comma_list)
+
+
+class RouterSettings(CommonSettings):
+    """
+    The router process: where it listens and what it allows.
+    """
+
+    listen: Annotated[tuple[str, ...], NoDecode] = Field(
+        (":443",),
+        description="Addresses to accept TLS on: ADDR:PORT, [ADDR]:PORT, or :PORT for every "
+        "IPv4 and IPv6 address; comma separated or repeated.",
+    )
+    metrics: str = Field(
+        "127.0.0.1:9443",
+        description="Where /metrics and /healthz are served; `off` serves neither.  Loopback, "
+        "since it tells host names and traffic.",
+    )
+    handoff: HandoffChoice = Field(
+        HandoffChoice.AUTO,
+        description="How bytes move after the hello: sockmap (in the kernel), relay (in user "
+        "space), or auto: the best that passes the self-test at start.",
+    )
+    hello_timeout: Seconds = Field(
+        5,
+        description="Seconds a client has for its whole ClientHello; a real one takes one round "
+        "trip, and each waiting client holds a socket.",
+    )
+    connect_timeout: Seconds = Field(
+        5, description="Seconds a backend has to accept a connection before the next is tried."
+    )
+    drain: float = Field(
+        30, ge=0, description="Seconds that connections have to finish after SIGTERM."
+    )
+    backlog_limit: ByteSize = Field(
+        ByteSize(1024 * 1024),
+        ge=65536,
+        le=64 * 1024 * 1024,
+        description="Bytes that the kernel may queue between the two sockets of a connection, each "
+        "way, before the source has to wait: one to two round trips of a 10 Gbit/s bridge.",
+    )
+    receive_buffer: ByteSize = Field(
+        ByteSize(1024 * 1024),
+        ge=131072,
+        le=64 * 1024 * 1024,
+        description="SO_RCVBUF of both sockets: all that a connection may send ahead of a slow "
+        "other side, on top of the backlog.",
+    )
+    max_connections: int = Field(
+        0,
+        ge=0,
+        description="Connections at once; further ones wait in the listen queue.  0: what the "
+        "file descriptor limit allows, two for each connection.",
+    )
+    access_log: bool = Field(
+        default=True, description="Log one line for each connection, at its end."
+    )
+
+    _split = field_validator("listen", mode="before")(_comma_list)
+
+
+class RunSettings(ControllerSettings, RouterSettings):
+    """
+    Both processes, for `sniroute run`.
+    """
+
+    @classmethod
+    def of(cls, **flags: Any) -> Self:
+        """
+        Make settings of command-line *flags*; one that is None or empty comes from elsewhere.
+        """
+        return cls(**{k: v for k, v in flags.items() if v not in (None, [], ())})
