@@ -89,7 +89,7 @@ class ControllerSettings(CommonSettings):
         description="Seconds between full lists, in case an engine lost an event.",
     )
 
-    _split = field_validator("engine", mode="before")(_comma_list)
+    _split_engine = field_validator("engine", mode="before")(_comma_list)
 
 
 class RouterSettings(CommonSettings):
@@ -147,7 +147,7 @@ class RouterSettings(CommonSettings):
         default=True, description="Log one line for each connection, at its end."
     )
 
-    _split = field_validator("listen", mode="before")(_comma_list)
+    _split_listen = field_validator("listen", mode="before")(_comma_list)
 
 
 class RunSettings(ControllerSettings, RouterSettings):
