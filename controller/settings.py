@@ -117,6 +117,13 @@ class RouterSettings(CommonSettings):
         description="Seconds a client has for its whole ClientHello; a real one takes one round "
         "trip, and each waiting client holds a socket.",
     )
+    hello_limit: ByteSize = Field(
+        ByteSize(64 * 1024),
+        ge=4096,
+        le=256 * 1024,
+        description="Bytes that a ClientHello may have, records and all; with post-quantum key "
+        "shares real ones have 2 KiB.",
+    )
     connect_timeout: Seconds = Field(
         5, description="Seconds a backend has to accept a connection before the next is tried."
     )

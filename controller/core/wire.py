@@ -49,6 +49,7 @@ class Decoder:
 
     def __init__(self) -> None:
         self._rest = bytearray()
+        self._looked = 0
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """
@@ -58,10 +59,13 @@ class Decoder:
             WireError: a line is longer than MAX_LINE or is no JSON object with a `type`.
         """
         self._rest += data
-        while (end := self._rest.find(b"\n")) != -1:
+        # looking at a byte once keeps a long message linear in its length
+        while (end := self._rest.find(b"\n", self._looked)) != -1:
             line = bytes(self._rest[:end])
             del self._rest[: end + 1]
+            self._looked = 0
             yield _read_message(line)
+        self._looked = len(self._rest)
         if len(self._rest) > MAX_LINE:
             raise WireError(f"message longer than {MAX_LINE} bytes")
 
@@ -122,6 +126,22 @@ def read_routes(value: object) -> tuple[Route, ...]:
     return tuple(routes)
 
 
+def read_hello(message: Message) -> RouteTable:
+    """
+    Read the router's `hello`: the table it serves; generation 0 when it has none yet.
+
+    Raises:
+        WireError: another version, or as `read_routes`.
+    """
+    if message.get("type") != "hello" or message.get("version") != VERSION:
+        raise WireError(f"hello: not from a router of version {VERSION}")
+    entry = _members(message, "hello", {"type", "version", "generation", "routes"})
+    generation = entry["generation"]
+    if not isinstance(generation, int) or isinstance(generation, bool) or generation < 0:
+        raise WireError(f"hello.generation: not a number from 0: {generation!r}")
+    return RouteTable(generation, read_routes(entry["routes"]))
+
+
 def read_table(message: Message) -> RouteTable:
     """
     Read a `table` message.
@@ -134,6 +154,37 @@ def read_table(message: Message) -> RouteTable:
     if not isinstance(generation, int) or isinstance(generation, bool) or generation < 1:
         raise WireError(f"table.generation: not a positive number: {generation!r}")
     return RouteTable(generation, read_routes(entry["routes"]))
+
+
+def read_report(message: Message) -> Message:
+    """
+    Read a `report` message: as far as anyone relies on it.
+
+    Raises:
+        WireError: names the member that is wrong.
+    """
+    _members(message, "report", {"type", "engines", "problems"})
+    engine = {
+        "name",
+        "url",
+        "connected",
+        "containers",
+        "last_list",
+        "events",
+        "lists",
+        "failed_lists",
+    }
+    problem = {"code", "severity", "container", "label", "value", "detail"}
+    return {
+        "engines": [
+            _members(item, f"engines[{i}]", engine)
+            for i, item in enumerate(_list(message["engines"], "engines"))
+        ],
+        "problems": [
+            _members(item, f"problems[{i}]", problem)
+            for i, item in enumerate(_list(message["problems"], "problems"))
+        ],
+    }
 
 
 def _read_backend(item: object, where: str) -> Backend:

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/* Join two TCP sockets so that the kernel moves the bytes, with a bound.
+ *
+ * A redirect frees the receive memory of the source at once and queues on the
+ * destination without limit (sk_psock_skb_redirect), so the program itself keeps
+ * the bound: it compares what it has redirected with what the destination's TCP
+ * has accepted (write_seq), and past the limit it passes the segment to user
+ * space, where it stays charged to the source, whose window then closes.
+ *
+ * Verdicts of one direction are serialised by the lock of its source socket.
+ */
+#include <linux/bpf.h>
+#include <linux/types.h>
+#include <bpf/bpf_helpers.h>
+#include "abi.h"
+
+/* CO-RE: libbpf finds the real offset in the running kernel's BTF */
+struct tcp_sock {
+	__u32 write_seq;
+} __attribute__((preserve_access_index));
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, MAX_DIRECTIONS);
+	__type(key, __u64);
+	__type(value, __u64);
+} sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_DIRECTIONS);
+	__type(key, __u64);
+	__type(value, struct direction);
+} directions SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, MAX_DIRECTIONS);
+	__type(key, __u32);
+	__type(value, struct counts);
+} counts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, MAX_DIRECTIONS);
+	__type(key, __u32);
+	__type(value, __u64);
+} consumed SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct faults);
+} faults SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, EVENTS_BYTES);
+} events SEC(".maps");
+
+static struct faults *the_faults(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&faults, &zero);
+}
+
+/* leave the segment to user space, and tell it unless it is about to look anyway */
+static int pass(struct counts *count, const volatile __u64 *done, __u32 slot, __u32 len)
+{
+	/* A full barrier lies between raising passed and reading consumed, as in user
+	 * space between raising consumed and reading passed: one of us sees the other.
+	 */
+	__u64 before = __sync_fetch_and_add(&count->passed, len);
+
+	if (before == *done && bpf_ringbuf_output(&events, &slot, sizeof(slot), 0)) {
+		struct faults *fault = the_faults();
+
+		if (fault)
+			__sync_fetch_and_add(&fault->lost_events, 1);
+	}
+	return SK_PASS;
+}
+
+SEC("sk_skb/stream_verdict")
+int verdict(struct __sk_buff *skb)
+{
+	__u64 self = bpf_get_socket_cookie(skb);
+	__u32 len = skb->len, slot, limit, accepted, queued;
+	const volatile __u64 *done;
+	struct direction *dir;
+	struct counts *count;
+	struct tcp_sock *tcp;
+	struct bpf_sock *dst;
+	__u64 peer;
+
+	/* a lone FIN: redirecting nothing would end the destination with EPIPE */
+	if (!len)
+		return SK_PASS;
+
+	dir = bpf_map_lookup_elem(&directions, &self);
+	if (!dir) {
+		struct faults *fault = the_faults();
+
+		if (fault)
+			__sync_fetch_and_add(&fault->no_direction, 1);
+		return SK_PASS;
+	}
+	peer = dir->peer;
+	slot = dir->slot;
+	limit = dir->limit;
+
+	count = bpf_map_lookup_elem(&counts, &slot);
+	done = bpf_map_lookup_elem(&consumed, &slot);
+	if (!count || !done)
+		return SK_PASS;
+
+	/* what user space still holds must not be overtaken */
+	if (count->passed != *done)
+		return pass(count, done, slot, len);
+
+	/* the redirect helper would drop bytes that are acknowledged already */
+	dst = bpf_map_lookup_elem(&sockets, &peer);
+	if (!dst)
+		return pass(count, done, slot, len);
+	tcp = bpf_skc_to_tcp_sock(dst);
+	if (!tcp) {
+		bpf_sk_release(dst);
+		return pass(count, done, slot, len);
+	}
+	accepted = *(volatile __u32 *)&tcp->write_seq;
+	bpf_sk_release(dst);
+
+	/* all that went before is written: consumed is raised only after the write */
+	if (!count->based) {
+		count->base = accepted - (__u32)*done;
+		count->based = 1;
+	}
+
+	/* modulo 2^32, as sequence numbers are; the limit keeps the difference small */
+	queued = (__u32)count->redirected + (__u32)*done - (accepted - count->base);
+	if (queued + len > limit)
+		return pass(count, done, slot, len);
+
+	count->redirected += len;
+	return bpf_sk_redirect_hash(skb, &sockets, &peer, 0);
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,220 @@
+"""
+Load the BPF program and join sockets with it.
+
+This is the mechanism: two sockets become one pipe in the kernel, and the counts say how far it
+has come.  When to join, to half-close and to give up is the caller's policy.
+
+Rules of this file:
+
+1. A socket joined here is never read by anyone but `pump` in the caller's slow mode, and the
+   directions of a connection are left only after both its sockets are closed.
+2. Nothing is pinned: the program and its maps end with the process, like the sockets in them.
+"""
+
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+
+from bpfprog._ffi import ffi, lib
+
+OBJECT = Path(__file__).with_name("splice.bpf.o")
+
+CAPABILITIES: Final = ("BPF", "PERFMON", "NET_ADMIN")
+"""
+What loading needs: BPF for program and maps, PERFMON to read tcp_sock (bpf_skc_to_tcp_sock),
+NET_ADMIN for a program on sockets (bpf_prog_load, sock_hash_alloc).  Joining needs none.
+"""
+
+MAX_CONNECTIONS: Final[int] = lib.MAX_CONNECTIONS
+
+
+class KernelError(OSError):
+    """
+    The kernel refused a step; *errno* says how, and a note carries the verifier's log.
+    """
+
+
+class Counts(NamedTuple):
+    """
+    One direction in bytes: moved in the kernel, left to user space, and of those moved on.
+    """
+
+    redirected: int
+    passed: int
+    consumed: int
+
+
+class Splice:
+    """
+    The loaded program with its maps; a context manager.
+
+    Connections are numbered by the caller, 0 to MAX_CONNECTIONS - 1; direction 2n is from the
+    client of connection n, direction 2n + 1 from its backend.
+    """
+
+    def __init__(self, path: Path = OBJECT) -> None:
+        """
+        Load the program from *path*.
+
+        Raises:
+            KernelError: the object is missing or stale, or the kernel refuses it.
+        """
+        self._ring = ffi.NULL
+        self._maps: list[Any] = []
+        lib.splice_log_start()
+        self._object = lib.bpf_object__open_file(os.fsencode(path), ffi.NULL)
+        if self._object == ffi.NULL:
+            raise _error(ffi.errno, f"open {path.name}")
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        _check(lib.bpf_object__load(self._object), "load the BPF program")
+        sockets, _ = self._map("sockets", "uint64_t")
+        directions, _ = self._map("directions", "struct direction")
+        _, counts = self._map("counts", "struct counts", lib.MAX_DIRECTIONS)
+        _, consumed = self._map("consumed", "uint64_t", lib.MAX_DIRECTIONS)
+        _, self._faults = self._map("faults", "struct faults", 1)
+        events, _ = self._map("events", None)
+        self._splice = ffi.new(
+            "struct splice *",
+            {"sockets": sockets, "directions": directions, "counts": counts, "consumed": consumed},
+        )
+        self._cookies = ffi.new("uint64_t[2]")
+        self._ring = lib.splice_ring(events)
+        if self._ring == ffi.NULL:
+            raise _error(ffi.errno, "open the event ring")
+        program = lib.bpf_object__find_program_by_name(self._object, b"verdict")
+        _check(
+            lib.bpf_prog_attach(lib.bpf_program__fd(program), sockets, lib.ATTACH_VERDICT, 0),
+            "attach the verdict program",
+        )
+
+    def _map(self, name: str, value: str | None, mapped: int = 0) -> tuple[int, Any]:
+        """
+        Find a map, check that its values are laid out as C has them here, and map *mapped* of them.
+        """
+        bpf_map = lib.bpf_object__find_map_by_name(self._object, name.encode())
+        if bpf_map == ffi.NULL:
+            raise KernelError(errno.ENOENT, f"stale {OBJECT.name}: no map {name!r}")
+        fd = lib.bpf_map__fd(bpf_map)
+        if value is None:
+            return fd, None
+        size = ffi.sizeof(value)
+        if lib.bpf_map__value_size(bpf_map) != size:
+            raise KernelError(errno.EINVAL, f"stale {OBJECT.name}: values of {name!r} differ")
+        if not mapped:
+            return fd, None
+        address = lib.splice_map(fd, mapped * size)
+        if address == ffi.NULL:
+            raise _error(ffi.errno, f"map {name!r}")
+        self._maps.append((address, mapped * size))
+        return fd, ffi.cast(f"{value} *", address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """
+        Unload; sockets that are still joined stop moving bytes.
+        """
+        if self._object == ffi.NULL:
+            return
+        if self._ring != ffi.NULL:
+            lib.ring_buffer__free(self._ring)
+        for address, size in self._maps:
+            lib.splice_unmap(address, size)
+        lib.bpf_object__close(self._object)
+        self._object = ffi.NULL
+
+    @property
+    def events_fd(self) -> int:
+        """
+        The descriptor that becomes readable when a direction went slow.
+        """
+        return int(lib.ring_buffer__epoll_fd(self._ring))
+
+    def events(self) -> list[int]:
+        """
+        The directions that went slow since the last call, at most MAX_EVENTS of them.
+        """
+        lib.splice_n_events = 0
+        lib.ring_buffer__consume(self._ring)
+        return list(lib.splice_events[0 : lib.splice_n_events])
+
+    @property
+    def lost_events(self) -> int:
+        """
+        How often the event ring was full; after a change, look at every direction.
+        """
+        return int(self._faults.lost_events)
+
+    def join(
+        self, client: int, backend: int, connection: int, limit: int
+    ) -> tuple[bool, tuple[int, int]]:
+        """
+        Join two sockets; what is queued in them moves at the next segment, or a kick.
+
+        Returns:
+            Whether they are joined, and the cookies to leave with.  Not joined means that the
+            kernel refused the backend when the client was in already: the client stays in the map
+            and passes all it receives to user space, which must relay.
+
+        Raises:
+            OSError: the kernel refused the client (MPTCP, or half-closed: EOPNOTSUPP); neither
+                socket has changed.
+        """
+        answer = lib.splice_join(self._splice, client, backend, connection, limit, self._cookies)
+        if answer < 0:
+            raise OSError(-answer, os.strerror(-answer))
+        return answer == 0, (self._cookies[0], self._cookies[1])
+
+    def leave(self, cookies: Iterable[int]) -> None:
+        """
+        Forget connections by their cookies; their sockets must be closed already.
+        """
+        keys = ffi.new("uint64_t[]", list(cookies))
+        _check(lib.splice_leave(self._splice, keys, len(keys)), "leave")
+
+    def counts(self, direction: int) -> Counts:
+        """
+        What has become of the bytes of *direction*.
+        """
+        counts = self._splice.counts[direction]
+        return Counts(counts.redirected, counts.passed, self._splice.consumed[direction])
+
+    def addresses(self, direction: int) -> tuple[int, int]:
+        """
+        The addresses of a direction's `struct counts` and of its consumed count, for native code
+        that steps through slow mode.
+        """
+        return (
+            int(ffi.cast("uintptr_t", self._splice.counts + direction)),
+            int(ffi.cast("uintptr_t", self._splice.consumed + direction)),
+        )
+
+
+def _check(answer: int, what: str) -> None:
+    if answer < 0:
+        raise _error(-answer if answer != -1 else ffi.errno, what)
+
+
+def _error(number: int, what: str) -> KernelError:
+    error = KernelError(number, f"{what}: {os.strerror(number)}")
+    if log := ffi.string(lib.splice_log()).decode(errors="replace").strip():
+        error.add_note(log)
+    return error

@@ -1,0 +1,232 @@
+"""
+The command `sniroute`: settings become flags, and each command is a few lines.
+"""
+
+import inspect
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from controller import supervise
+from controller.check import check as check_labels
+from controller.core import wire
+from controller.settings import (
+    ENGINE_AUTO,
+    ENGINE_NONE,
+    CommonSettings,
+    ControllerSettings,
+    RouterSettings,
+    RunSettings,
+)
+
+ANSWER_TIMEOUT = 10.0
+"""Seconds that the router may take to answer; it answers from its own loop, in milliseconds."""
+
+app = typer.Typer(
+    help="Route TLS connections to containers by SNI, with the bytes moved by the kernel.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def settings_command(settings: type[CommonSettings]) -> Callable[..., Any]:
+    """
+    Make a function of *settings* a command whose flags are the fields of the settings.
+    """
+
+    def decorate(function: Callable[[Any], int]) -> Callable[..., Any]:
+        def command(**flags: Any) -> None:
+            given = {name: value for name, value in flags.items() if value not in (None, [], ())}
+            try:
+                values = settings(**given)
+            except ValidationError as err:
+                for error in err.errors():
+                    flag = "--" + str(error["loc"][0]).replace("_", "-")
+                    print(f"sniroute: {flag}: {error['msg']}", file=sys.stderr)
+                raise typer.Exit(2) from None
+            raise typer.Exit(function(values))
+
+        command.__doc__ = function.__doc__
+        command.__name__ = function.__name__
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [_parameter(name, info) for name, info in settings.model_fields.items()]
+        )
+        return app.command()(command)
+
+    return decorate
+
+
+def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
+    default = info.get_default(call_default_factory=True, validated_data={})
+    option = typer.Option(
+        help=info.description,
+        show_default=",".join(default) if isinstance(default, tuple) else str(default),
+    )
+    kind: Any = str
+    if isinstance(default, tuple):
+        kind = list[str]
+    elif isinstance(default, bool):
+        kind = bool
+    elif info.annotation is int:
+        kind = int
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+@settings_command(RunSettings)
+def run(settings: RunSettings) -> int:
+    """
+    Start the router and the controller, and keep them running.
+    """
+    return supervise.run(settings)
+
+
+@settings_command(ControllerSettings)
+def controller(settings: ControllerSettings) -> int:
+    """
+    Run the controller alone.
+    """
+    return _become("controller", settings)
+
+
+@settings_command(RouterSettings)
+def router(settings: RouterSettings) -> int:
+    """
+    Run the router alone.
+    """
+    return _become("controller.router", settings)
+
+
+def _become(module: str, settings: CommonSettings) -> int:
+    environment = {**os.environ, **settings.environment()}
+    os.execve(sys.executable, [sys.executable, "-m", module], environment)  # noqa: S606 - ourselves
+
+
+# --- looking ---
+
+Json = Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")]
+ControlPath = Annotated[Path | None, typer.Option(help="The router's control socket.")]
+
+
+@app.command()
+def check(
+    engine: Annotated[list[str] | None, typer.Option(help="As for `run`.")] = None,
+    routes: Annotated[Path | None, typer.Option(help="A routes file to check.")] = None,
+    compose: Annotated[list[Path] | None, typer.Option(help="A compose file to check.")] = None,
+    network: Annotated[str | None, typer.Option(help="As for `run`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """
+    Check the labels of running containers, of compose files, and a routes file.
+
+    Without --engine, and with a file to check, no engine is asked.  The exit status is 1 where
+    there are problems.
+    """
+    engines = tuple(engine or ()) or ((ENGINE_NONE,) if routes or compose else (ENGINE_AUTO,))
+    settings = ControllerSettings(engine=engines, routes=routes, network=network)
+    raise typer.Exit(check_labels(settings, compose or [], as_json))
+
+
+@app.command()
+def status(control: ControlPath = None, as_json: Json = False) -> None:
+    """
+    Show how the router is: table, hand-off, connections, engines, problems.
+    """
+    answer = _ask("status", control)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    handoff, connections = answer["handoff"], answer["connections"]
+    age = "none yet" if answer["table_age"] is None else f"{answer['table_age']:.0f} s old"
+    state = "draining" if answer["draining"] else "ready" if answer["ready"] else "not ready"
+    _table(
+        [
+            ("router", f"{answer['version']}, {state}"),
+            ("table", f"generation {answer['generation']}, {answer['routes']} routes, {age}"),
+            ("hand-off", f"{handoff['chosen']} ({handoff['reason']})"),
+            (
+                "connections",
+                f"{connections['active']} of {connections['max']}, {connections['total']} ended",
+            ),
+            ("controllers", str(answer["controllers"])),
+        ]
+    )
+    if answer["engines"]:
+        print()
+        rows = [
+            (e["name"], "connected" if e["connected"] else "lost", str(e["containers"]), e["url"])
+            for e in answer["engines"]
+        ]
+        _table([("ENGINE", "EVENTS", "CONTAINERS", "URL"), *rows])
+    if answer["problems"]:
+        print()
+        keys = ("severity", "code", "container", "label", "value", "detail")
+        rows = [tuple(str(p[key]) for key in keys) for p in answer["problems"]]
+        _table([tuple(key.upper() for key in keys), *rows])
+
+
+@app.command()
+def routes(control: ControlPath = None, as_json: Json = False) -> None:
+    """
+    Show the routing table that the router serves.
+    """
+    answer = _ask("routes", control)["routes"]
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    rows = [
+        (
+            route["host"],
+            backend["name"],
+            f"{backend['address']} {backend['port']}",
+            backend["source"],
+        )
+        for route in answer
+        for backend in route["backends"]
+    ]
+    _table([("HOST", "BACKEND", "ADDRESS", "SOURCE"), *rows])
+
+
+def _ask(question: str, control: Path | None) -> dict[str, Any]:
+    path = CommonSettings(**({"control": control} if control else {})).control
+    decoder = wire.Decoder()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(ANSWER_TIMEOUT)
+            connection.connect(str(path))
+            connection.sendall(wire.encode({"type": question}))
+            while data := connection.recv(1024 * 1024):
+                for message in decoder.feed(data):
+                    return message
+        reason = "it hung up; is this user allowed to ask?"
+    except OSError as err:
+        reason = err.strerror or str(err)
+    print(f"sniroute: no answer from the router at {path}: {reason}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def main() -> None:
+    """
+    Run the command line.
+    """
+    app()

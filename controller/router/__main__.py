@@ -1,0 +1,155 @@
+"""
+The router process: take what privileges it needs, prove the hand-offs, serve, and drain.
+"""
+
+import os
+import resource
+import select
+import signal
+import sys
+from importlib.metadata import version
+from typing import Final
+
+import structlog
+from pydantic import ValidationError
+
+from bpfprog import CAPABILITIES, KernelError, Splice
+from controller import log, privilege
+from controller.router._native import lib
+from controller.router.connection import bind_listener
+from controller.router.control import Control
+from controller.router.flow import Handoff
+from controller.router.loop import Loop
+from controller.router.metrics import serve
+from controller.router.relay import RelayHandoff
+from controller.router.router import Router
+from controller.router.selftest import SelfTestFailed, prove
+from controller.router.sockmap import SockmapHandoff
+from controller.settings import HandoffChoice, RouterSettings
+
+BIND: Final = "NET_BIND_SERVICE"
+
+SPARE_DESCRIPTORS: Final = 64
+"""Descriptors kept for all that is no connection: listeners, BPF, control, metrics, logs."""
+
+logger = structlog.get_logger()
+
+
+class NotPossible(Exception):  # noqa: N818 - what the message says is not possible
+    """
+    The router can not start as it was asked to.
+    """
+
+
+def main() -> int:
+    """
+    Run a router as the environment's settings say.
+    """
+    try:
+        settings = RouterSettings()
+        log.configure("router", settings.log_level)
+        _serve(settings)
+    except (NotPossible, OSError, ValueError, ValidationError) as err:
+        print(f"sniroute router: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(settings: RouterSettings) -> None:
+    capabilities = privilege.drop_to((*CAPABILITIES, BIND))
+    loop = Loop()
+    if lib.hello_init():
+        raise NotPossible("OpenSSL does not start")
+    router = Router(settings, loop, _max_connections(settings))
+    listeners = [bind_listener(address, settings.receive_buffer) for address in settings.listen]
+    splice, refusal = _load(settings.handoff)
+    # loaded and bound: neither joining sockets nor anything later needs a privilege
+    privilege.drop_to(())
+    _choose(router, splice, refusal)
+    name = version("sniroute")
+    control = Control(router, settings.control, name)
+    if settings.metrics != "off":
+        serve(settings.metrics, router, control, name)
+    _drain_on_signal(router)
+    router.listen(listeners)
+    logger.info(
+        "router ready",
+        version=name,
+        listen=settings.listen,
+        handoff=router.ladder[0].name,
+        reason=router.ladder_reason,
+        max_connections=router.max_connections,
+        capabilities=sorted(capabilities),
+    )
+    try:
+        loop.run()
+    finally:
+        control.close()
+    logger.info("router stopped")
+
+
+def _max_connections(settings: RouterSettings) -> int:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    possible = (hard - SPARE_DESCRIPTORS) // 2
+    if settings.max_connections > possible:
+        raise NotPossible(
+            f"max-connections {settings.max_connections}: the descriptor limit allows {possible}"
+        )
+    return settings.max_connections or possible
+
+
+def _load(choice: HandoffChoice) -> tuple[Splice | None, str]:
+    """
+    Load the BPF program if it may be used; else say why not.
+    """
+    if choice == HandoffChoice.RELAY:
+        return None, "asked for"
+    try:
+        return Splice(), ""
+    except KernelError as err:
+        note = "\n".join(getattr(err, "__notes__", ()))
+        logger.warning("BPF program refused", error=str(err), verifier=note[-4096:])
+        return None, str(err)
+
+
+def _choose(router: Router, splice: Splice | None, refusal: str) -> None:
+    """
+    Build the ladder: the rungs that are allowed and proven, best first.
+    """
+    choice, loop = router.settings.handoff, router.loop
+    relay = RelayHandoff(loop)
+    ladder: list[Handoff] = [relay]
+    if splice is not None:
+        sockmap = SockmapHandoff(loop, splice, router.settings.backlog_limit)
+        try:
+            prove(loop, sockmap)
+            ladder.insert(0, sockmap)
+        except SelfTestFailed as err:
+            refusal = f"self-test: {err}"
+            logger.warning("hand-off refused", handoff=sockmap.name, reason=refusal)
+    if choice == HandoffChoice.SOCKMAP and len(ladder) == 1:
+        raise NotPossible(f"hand-off sockmap does not work here: {refusal}")
+    prove(loop, relay)
+    router.ladder = ladder
+    router.ladder_reason = refusal if len(ladder) == 1 else "self-test passed"
+
+
+def _drain_on_signal(router: Router) -> None:
+    """
+    Have SIGTERM and SIGINT drain, from within the loop.
+    """
+    wake, alarm = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(alarm)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+
+    def on_signal(_: int) -> None:
+        os.read(wake, 64)
+        router.drain()
+
+    router.loop.watch(wake, select.EPOLLIN, on_signal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""
+A connection before its hand-off: peek at the hello, find the route, connect to a backend.
+
+Rules of this file:
+
+1. Nothing reaches a backend before a complete hello has chosen it.  A partial, odd or missing
+   name never takes a default.
+2. The hello is looked at, never taken: what moves the bytes sends it first.
+3. A connection keeps the route it was born with, whatever the table becomes.
+"""
+
+import errno
+import os
+import select
+import socket
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from controller.core import alert
+from controller.core.hello import HelloError, read_alpn, read_server_name, read_versions
+from controller.core.routes import Backend, Route
+from controller.core.session import Side
+from controller.router._native import ffi, lib
+from controller.router.flow import Flow, Refused
+from controller.router.loop import Timer
+
+if TYPE_CHECKING:
+    from controller.router.router import Router
+
+WAITING: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+
+LAST_WORD: Final = 2.0
+"""Seconds that a refused client has to read its alert and end its half."""
+
+DISCARD_LIMIT: Final = 1024 * 1024
+"""Bytes thrown away from a refused client before it is reset."""
+
+KEEPALIVE_IDLE: Final = 300
+"""Seconds of silence before TCP asks whether the other end lives; below the idle limits of common
+stateful firewalls."""
+
+_HELLO_RESULTS: Final[dict[int, tuple[str, int]]] = {
+    lib.HELLO_EOF: ("client_closed", 0),
+    lib.HELLO_RESET: ("client_closed", 0),
+    lib.HELLO_NOT_TLS: ("not_tls", 0),
+    lib.HELLO_TOO_LARGE: ("hello_too_large", alert.RECORD_OVERFLOW),
+}
+
+
+@dataclass(slots=True)
+class Hello:
+    """
+    What the log and the metrics tell of a hello.
+    """
+
+    server_name: str | None = None
+    alpn: tuple[bytes, ...] = ()
+    versions: tuple[int, ...] = ()
+    ech: bool = False
+    size: int = 0
+    peeks: int = 0
+    seconds: float = 0.0
+
+
+@lru_cache(4096)
+def socket_address(address: str, port: int) -> Any:
+    """
+    Pack an IP literal and a port as a `struct sockaddr`.
+    """
+    if ":" in address:
+        family = socket.AF_INET6.to_bytes(2, "little")
+        packed = socket.inet_pton(socket.AF_INET6, address)
+        data = family + port.to_bytes(2, "big") + bytes(4) + packed + bytes(4)
+    else:
+        family = socket.AF_INET.to_bytes(2, "little")
+        data = family + port.to_bytes(2, "big") + socket.inet_pton(socket.AF_INET, address)
+        data += bytes(8)
+    return ffi.new("unsigned char[]", data), len(data)
+
+
+class Connection:
+    """
+    One accepted client.
+    """
+
+    __slots__ = (
+        "_connecting",
+        "_hello_reader",
+        "_peer",
+        "_router",
+        "_timer",
+        "_tries",
+        "backend",
+        "began",
+        "connect_seconds",
+        "fd",
+        "flow",
+        "hello",
+        "refusals",
+        "result",
+        "route",
+    )
+
+    def __init__(self, router: "Router", fd: int, arrival: Any, began: float) -> None:
+        self._router = router
+        self.fd = fd
+        self._peer = bytes(arrival.address[0 : arrival.address_size]), arrival.port
+        self._hello_reader = arrival.hello
+        self._timer: Timer | None = None
+        self._connecting = -1
+        self._tries: list[Backend] = []
+        self.began = began
+        self.connect_seconds = 0.0
+        self.hello = Hello()
+        self.route: Route | None = None
+        self.backend: Backend | None = None
+        self.flow: Flow | None = None
+        self.refusals: list[str] = []
+        self.result = ""
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """
+        The client's address and port.
+        """
+        packed, port = self._peer
+        family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6  # noqa: PLR2004 - bytes of an IPv4 address
+        return socket.inet_ntop(family, packed), port
+
+    # --- the hello ---
+
+    def read(self, reading: Any) -> None:
+        """
+        Act on what a peek found.
+        """
+        hello = self.hello
+        hello.size = reading.size
+        hello.peeks = reading.peeks
+        status = reading.status
+        if status == lib.HELLO_COMPLETE:
+            hello.seconds = time.monotonic() - self.began
+            self._release_reader()
+            try:
+                self._interpret(reading.extensions)
+            except HelloError as err:
+                self.refuse(err.result, err.alert or 0)
+                return
+            self._find()
+        elif status == lib.HELLO_MORE:
+            if self._timer is None:
+                router = self._router
+                self._timer = router.loop.later(router.settings.hello_timeout, self._too_slow)
+                router.loop.watch(self.fd, WAITING, self._on_more)
+        elif status == lib.HELLO_INVALID:
+            self.refuse("hello_invalid", reading.alert)
+        else:
+            self.refuse(*_HELLO_RESULTS[status])
+
+    def _on_more(self, events: int) -> None:
+        reading = self._router.reading
+        lib.hello_peek(self._hello_reader, self.fd, self._router.settings.hello_limit, reading)
+        if reading.status == lib.HELLO_MORE and events & (select.EPOLLRDHUP | select.EPOLLHUP):
+            self.refuse("client_closed", alert.DECODE_ERROR)
+        else:
+            self.read(reading)
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        self.refuse("hello_timeout", alert.HANDSHAKE_FAILURE if self.hello.size else 0)
+
+    def _interpret(self, extensions: Any) -> None:
+        hello = self.hello
+        name, alpn, versions = (
+            extensions[i] for i in (lib.EXT_SERVER_NAME, lib.EXT_ALPN, lib.EXT_VERSIONS)
+        )
+        if alpn.body != ffi.NULL:
+            hello.alpn = read_alpn(ffi.buffer(alpn.body, alpn.size)[:])
+        if versions.body != ffi.NULL:
+            hello.versions = read_versions(ffi.buffer(versions.body, versions.size)[:])
+        hello.ech = extensions[lib.EXT_ECH].body != ffi.NULL
+        if name.body == ffi.NULL:
+            raise HelloError("no_sni", alert.UNRECOGNIZED_NAME, "no server_name")
+        hello.server_name = read_server_name(ffi.buffer(name.body, name.size)[:])
+
+    def _release_reader(self) -> None:
+        if self._hello_reader != ffi.NULL:
+            lib.hello_free(self._hello_reader)
+            self._hello_reader = ffi.NULL
+            # what the client sends from here on is for whoever takes it over to hear
+            self._router.loop.handlers.pop(self.fd, None)
+        self._cancel_timer()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # --- the backend ---
+
+    def _find(self) -> None:
+        name = self.hello.server_name
+        assert name is not None  # noqa: S101 - a hello without a name is refused
+        self.route = self._router.table.find(name)
+        if self.route is None:
+            self.refuse("no_route", alert.UNRECOGNIZED_NAME)
+            return
+        self._tries = self._router.order(self.route)
+        self._dial()
+
+    def _dial(self) -> None:
+        router = self._router
+        settings = router.settings
+        while self._tries:
+            self.backend = self._tries.pop()
+            address, size = socket_address(self.backend.address, self.backend.port)
+            fd = lib.dial(
+                address, size, settings.receive_buffer, KEEPALIVE_IDLE, router.loop.epoll_fd
+            )
+            if fd >= 0:
+                self._connecting = fd
+                self.connect_seconds = time.monotonic()
+                router.loop.handlers[fd] = self._on_connected
+                self._timer = router.loop.later(settings.connect_timeout, self._connect_timeout)
+                return
+            router.connect_error(self, -fd)
+        self.refuse("connect_failed", alert.INTERNAL_ERROR)
+
+    def _connect_timeout(self) -> None:
+        self._timer = None
+        self._next_backend(errno.ETIMEDOUT)
+
+    def _next_backend(self, error: int) -> None:
+        self._cancel_timer()
+        self._router.loop.close(self._connecting)
+        self._connecting = -1
+        self._router.connect_error(self, error)
+        self._dial()
+
+    def _on_connected(self, events: int) -> None:
+        if events & (select.EPOLLERR | select.EPOLLHUP):
+            self._next_backend(lib.socket_error(self._connecting) or errno.ECONNRESET)
+            return
+        self._cancel_timer()
+        self.connect_seconds = time.monotonic() - self.connect_seconds
+        backend, self._connecting = self._connecting, -1
+        for handoff in self._router.ladder:
+            try:
+                self.flow = handoff.take(self.fd, backend, self._on_over)
+            except Refused as refusal:
+                self.refusals.append(f"{handoff.name}: {refusal}")
+                self._router.refused(handoff.name, str(refusal))
+            else:
+                self.result = "forwarded"
+                self._router.handed_over(self)
+                return
+
+    def _on_over(self, flow: Flow) -> None:
+        self._router.ended(self, flow.session.reason)
+
+    # --- the end of one that was not handed over ---
+
+    def refuse(self, result: str, code: int) -> None:
+        """
+        Answer the TLS alert *code* (0 for none) and close; count it as *result*.
+        """
+        self.result = result
+        self._release_reader()
+        loop = self._router.loop
+        word = alert.alert(code) if code else b""
+        rest = lib.refuse(self.fd, word, len(word), DISCARD_LIMIT)
+        if rest != 1:
+            self._close(reset=rest < 0)
+            return
+        self._timer = loop.later(LAST_WORD, self._close)
+        loop.watch(self.fd, WAITING, self._on_last_word)
+
+    def _on_last_word(self, _: int) -> None:
+        rest = lib.discard(self.fd, DISCARD_LIMIT)
+        if rest != 1:
+            self._close(reset=rest < 0)
+
+    def _close(self, *, reset: bool = False) -> None:
+        self._cancel_timer()
+        self._router.loop.close(self.fd, reset=reset)
+        self._router.ended(self, self.result)
+
+    def cut(self, reason: str) -> None:
+        """
+        End the connection now, wherever it is.
+        """
+        if self.flow is not None:
+            self.flow.cut(reason)
+            return
+        self._release_reader()
+        if self._connecting >= 0:
+            self._router.loop.close(self._connecting)
+        self.result = self.result or reason
+        self._close(reset=True)
+
+    def record(self, reason: str) -> dict[str, Any]:
+        """
+        Tell the connection as one line of the log.
+        """
+        hello, flow = self.hello, self.flow
+        address, port = self.peer
+        line: dict[str, Any] = {
+            "client": address,
+            "client_port": port,
+            "result": self.result,
+            "reason": reason,
+            "server_name": hello.server_name,
+            "alpn": [protocol.decode("ascii", "backslashreplace") for protocol in hello.alpn],
+            "tls_versions": hello.versions,
+            "ech": hello.ech,
+            "hello_bytes": hello.size,
+            "hello_seconds": round(hello.seconds, 6),
+            "duration": round(time.monotonic() - self.began, 6),
+        }
+        if self.route is not None:
+            line["route"] = self.route.host
+        if self.backend is not None:
+            line["backend"] = self.backend.name
+            line["backend_address"] = self.backend.address
+            line["backend_port"] = self.backend.port
+        if flow is not None:
+            line["handoff"] = flow.handoff
+            line["connect_seconds"] = round(self.connect_seconds, 6)
+            line["bytes_in"] = flow.bytes(Side.CLIENT)
+            line["bytes_out"] = flow.bytes(Side.BACKEND)
+        if self.refusals:
+            line["refused_by"] = self.refusals
+        return line
+
+
+def accept(router: "Router", listener: int) -> int:
+    """
+    Accept what waits on *listener*, as many as one round may.
+
+    Returns:
+        0 when none is left or the round is full, an errno when accepting has to pause.
+    """
+    arrival = router.arrival
+    limit = router.settings.hello_limit
+    for _ in range(router.accept_batch()):
+        began = time.monotonic()
+        fd = lib.accept_client(listener, limit, arrival)
+        if fd >= 0:
+            connection = Connection(router, fd, arrival, began)
+            router.connections.add(connection)
+            connection.read(arrival.reading)
+        elif fd == -errno.EAGAIN:
+            return 0
+        elif fd not in (-errno.ECONNABORTED, -errno.EINTR, -errno.EPROTO):
+            return -int(fd)
+    return 0
+
+
+def bind_listener(address: str, receive_buffer: int) -> socket.socket:
+    """
+    Listen on *address*: `ADDR:PORT`, `[ADDR]:PORT` or `:PORT`.
+
+    Raises:
+        ValueError: *address* is not written so.
+        OSError: it can not be listened on; the message names the address.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the range of a port
+        raise ValueError(f"listen address {address!r}: not ADDR:PORT, [ADDR]:PORT or :PORT")
+    host = host.removeprefix("[").removesuffix("]")
+    family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+    # plain TCP: a sockmap takes no MPTCP socket, and its clients fall back by themselves
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(host)))
+        _receive_buffer(listener, receive_buffer)
+        lib.socket_options(listener.fileno(), 0, KEEPALIVE_IDLE)
+        # the hello comes with the accept, which spares a round; a silent client shows up later
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+        listener.bind((host or "::", int(port)))
+        listener.listen(4096)
+        listener.setblocking(False)
+    except OSError as err:
+        listener.close()
+        raise OSError(err.errno, f"listen on {address}: {os.strerror(err.errno or 0)}") from None
+    return listener
+
+
+def _receive_buffer(listener: socket.socket, size: int) -> None:
+    """
+    Set what accepted sockets inherit; beyond net.core.rmem_max where we may (CAP_NET_ADMIN).
+    """
+    so_rcvbufforce = 33  # asm-generic/socket.h; the socket module does not name it
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, so_rcvbufforce, size)
+    except PermissionError:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)

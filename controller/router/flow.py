@@ -1,0 +1,116 @@
+"""
+A connection after its hello: two sockets, a session, and whatever moves the bytes between.
+
+`Flow` carries out what the session says and is the same for every hand-off; a hand-off says when
+a side has ended, whether it is drained, and how many bytes went.  A hand-off refuses a connection
+by raising `Refused`, and leaves both sockets as they were, or says what it has left.
+"""
+
+import errno
+import select
+from collections.abc import Callable
+from typing import ClassVar, Final, Protocol
+
+from controller.core.session import Abort, Close, Command, HalfClose, Session, Side
+from controller.router._native import lib
+from controller.router.loop import Loop
+
+ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLET
+"""
+The events of a socket whose bytes the kernel moves.  With EPOLLIN every segment would wake the
+loop; edge-triggered, since an end that is noted stays true.
+"""
+
+FIRST_RETRY: Final = 0.001
+"""Seconds before the first look whether the kernel's backlog is written; epoll's resolution."""
+
+LAST_RETRY: Final = 0.016
+"""Seconds that looks are apart at most, after doubling."""
+
+
+class Refused(Exception):  # noqa: N818 - a refusal is no error: the next hand-off takes it
+    """
+    A hand-off does not take this connection; the message is the reason, a word.
+    """
+
+
+class Handoff(Protocol):
+    """
+    One rung of the ladder.
+    """
+
+    name: str
+
+    def take(self, client: int, backend: int, over: "Callable[[Flow], None]") -> "Flow":
+        """
+        Take two connected sockets, the hello still unread in the first, and move their bytes;
+        *over* hears of the end, when both sockets are given up and the counts still stand.
+
+        Raises:
+            Refused: this connection needs another hand-off.
+        """
+
+
+class Flow:
+    """
+    One connection under way.
+    """
+
+    handoff: ClassVar[str]
+
+    __slots__ = ("_over", "fds", "loop", "session")
+
+    def __init__(
+        self, loop: Loop, client: int, backend: int, over: "Callable[[Flow], None]"
+    ) -> None:
+        self.loop = loop
+        self.fds = (client, backend)
+        self.session = Session()
+        self._over = over
+
+    def bytes(self, side: Side) -> int:
+        """
+        Count the bytes that came from *side* and were moved on.
+        """
+        raise NotImplementedError
+
+    def drain(self, side: Side) -> None:
+        """
+        See to it that `drained` is said for *side* once that is so.
+        """
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """
+        Give back what the hand-off holds, after the sockets are given up.
+        """
+        raise NotImplementedError
+
+    def run(self, commands: tuple[Command, ...]) -> None:
+        """
+        Carry out what the session says.
+        """
+        for command in commands:
+            if isinstance(command, HalfClose):
+                lib.half_close(self.fds[command.side])
+            elif isinstance(command, Close | Abort):
+                reset = isinstance(command, Abort)
+                for fd in self.fds:
+                    self.loop.close(fd, reset=reset)
+                self._over(self)
+                self.release()
+            else:
+                self.drain(command.side)
+
+    def failed(self, side: Side, error: int) -> None:
+        """
+        Take note that the socket of *side* met *error*, an errno.
+        """
+        word = "rst" if error in (errno.ECONNRESET, errno.EPIPE, 0) else errno.errorcode[error]
+        self.run(self.session.failed(f"{side.name.lower()}_{word.lower()}"))
+
+    def cut(self, reason: str) -> None:
+        """
+        End the connection now, for *reason*.
+        """
+        self.run(self.session.failed(reason))

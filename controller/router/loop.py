@@ -1,0 +1,165 @@
+"""
+The router's event loop: descriptors, timers, and the order of things at the end of a round.
+
+Rules of this file:
+
+1. One thread.  A handler never blocks.
+2. A descriptor is closed only after the round in which it was given up: until then its number
+   can not come back as another connection's, so a late event meets nobody.
+"""
+
+import errno
+import heapq
+import os
+import select
+import time
+from collections.abc import Callable
+from typing import Final
+
+from controller.router._native import lib
+
+ONE_SHOT_EVENTS: Final = 256
+"""Events taken from the kernel at once; a round stays well under a millisecond."""
+
+Handler = Callable[[int], None]
+
+
+class Timer:
+    """
+    A call that is due; `cancel` it when it is not wanted any more.
+    """
+
+    __slots__ = ("action", "due")
+
+    def __init__(self, due: float, action: Callable[[], None]) -> None:
+        self.due = due
+        self.action: Callable[[], None] | None = action
+
+    def cancel(self) -> None:
+        """
+        Do not call.
+        """
+        self.action = None
+
+    def __lt__(self, other: "Timer") -> bool:
+        return self.due < other.due
+
+
+class Loop:
+    """
+    An epoll loop; `handlers` maps a descriptor to who hears of its events.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._timers: list[Timer] = []
+        self._soon: list[Callable[[], None]] = []
+        self._closing: list[int] = []
+        self._resetting: list[int] = []
+        self.handlers: dict[int, Handler] = {}
+        self.round_ends: list[Callable[[], None]] = []
+        self.now = time.monotonic()
+        self.stopping = False
+
+    @property
+    def epoll_fd(self) -> int:
+        """
+        The epoll descriptor, for native steps that register a socket.
+        """
+        return self._epoll.fileno()
+
+    def watch(self, fd: int, events: int, handler: Handler) -> None:
+        """
+        Have *handler* hear of *events* of *fd*, known or not; of what holds already too.
+        """
+        self.handlers[fd] = handler
+        lib.watch(self._epoll.fileno(), fd, events)
+
+    def rearm(self, fd: int, events: int) -> None:
+        """
+        Hear of other *events* of *fd*, which is known; of what holds already too.
+        """
+        lib.watch(self._epoll.fileno(), fd, events)
+
+    def forget(self, fd: int) -> None:
+        """
+        Hear no more of *fd*, which stays open.
+        """
+        self.handlers.pop(fd, None)
+        self._epoll.unregister(fd)
+
+    def close(self, fd: int, *, reset: bool = False) -> None:
+        """
+        Close *fd* at the end of this round, with a RST if *reset*.
+        """
+        self.handlers.pop(fd, None)
+        (self._resetting if reset else self._closing).append(fd)
+
+    def later(self, seconds: float, action: Callable[[], None]) -> Timer:
+        """
+        Call *action* in *seconds*.
+        """
+        timer = Timer(self.now + seconds, action)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """
+        Call *action* in the next round.
+        """
+        self._soon.append(action)
+
+    def run(self) -> None:
+        """
+        Go on until `stopping`.
+        """
+        while not self.stopping:
+            self.turn(None)
+
+    def turn(self, patience: float | None) -> None:
+        """
+        Wait up to *patience* seconds for anything to do, and do it.
+        """
+        try:
+            events = self._epoll.poll(self._wait(patience), ONE_SHOT_EVENTS)
+        except InterruptedError:
+            events = []
+        self.now = time.monotonic()
+        handlers = self.handlers
+        for fd, event in events:
+            handler = handlers.get(fd)
+            if handler is not None:
+                handler(event)
+        if self._soon:
+            actions, self._soon = self._soon, []
+            for action in actions:
+                action()
+        while self._timers and self._timers[0].due <= self.now:
+            due = heapq.heappop(self._timers).action
+            if due is not None:
+                due()
+        self._end_round()
+
+    def _wait(self, patience: float | None) -> float | None:
+        if self._soon:
+            return 0
+        while self._timers and self._timers[0].action is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return patience
+        wait = max(0.0, self._timers[0].due - time.monotonic())
+        return wait if patience is None else min(wait, patience)
+
+    def _end_round(self) -> None:
+        for fd in self._closing:
+            try:
+                os.close(fd)
+            except OSError as err:
+                if err.errno == errno.EBADF:
+                    raise
+        self._closing.clear()
+        for fd in self._resetting:
+            lib.reset(fd)
+        self._resetting.clear()
+        for action in self.round_ends:
+            action()

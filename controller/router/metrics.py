@@ -1,0 +1,270 @@
+"""
+/metrics and /healthz, in a thread of their own: read when asked, nothing is kept for them.
+"""
+
+import platform
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Final
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from controller.core.session import Side
+from controller.router.control import Control
+from controller.router.router import Router
+
+CLIENT_PATIENCE: Final = 10.0
+"""Seconds that a scraper may take for its request."""
+
+
+class RouterCollector(Collector):
+    """
+    The router's numbers as metric families.
+    """
+
+    def __init__(self, router: Router, control: Control, version: str) -> None:
+        self._router = router
+        self._control = control
+        self._version = version
+
+    def collect(self) -> Iterator[Metric]:
+        """
+        Read everything, now.
+        """
+        yield from self._about_router()
+        yield from self._about_connections()
+        yield from self._about_controller()
+
+    def _about_router(self) -> Iterator[Metric]:
+        router = self._router
+        build = {"version": self._version, "kernel": platform.release()}
+        yield InfoMetricFamily("sniroute_build", "What runs here.", value=build)
+        chosen = GaugeMetricFamily(
+            "sniroute_handoff",
+            "1 for the hand-off that connections take first, with the reason for the choice.",
+            labels=["handoff", "reason"],
+        )
+        chosen.add_metric([router.ladder[0].name, router.ladder_reason], 1)
+        yield chosen
+        yield GaugeMetricFamily(
+            "sniroute_max_connections",
+            "Connections allowed at once.",
+            value=router.max_connections,
+        )
+        yield GaugeMetricFamily(
+            "sniroute_table_generation",
+            "Generation of the routing table, 0 for none yet.",
+            value=router.table.generation,
+        )
+        if router.table.generation:
+            yield GaugeMetricFamily(
+                "sniroute_table_age_seconds",
+                "Time since the routing table was replaced.",
+                value=time.monotonic() - router.table_since,
+            )
+        yield GaugeMetricFamily(
+            "sniroute_routes", "Routes in the table.", value=len(router.table.routes)
+        )
+        yield _counter(
+            "sniroute_table_updates",
+            "Tables pushed by a controller.",
+            ["result"],
+            router.stats.table_updates,
+        )
+
+    def _about_connections(self) -> Iterator[Metric]:
+        router, stats = self._router, self._router.stats
+        yield _counter(
+            "sniroute_connections",
+            "Connections that have ended, by what became of them.",
+            ["route", "result"],
+            stats.connections,
+        )
+        yield _counter(
+            "sniroute_connection_ends",
+            "Ends of connections that were handed over, by who or what ended them.",
+            ["reason"],
+            stats.reasons,
+        )
+        active: Counter[tuple[str, ...]] = Counter()
+        moved: Counter[tuple[str, ...]] = Counter(stats.bytes)
+        for route, flow in router.flows():
+            active[route, flow.handoff] += 1
+            if not flow.session.over:
+                moved[route, "in", flow.handoff] += flow.bytes(Side.CLIENT)
+                moved[route, "out", flow.handoff] += flow.bytes(Side.BACKEND)
+        yield _gauge(
+            "sniroute_connections_active",
+            "Connections handed over and not ended.",
+            ["route", "handoff"],
+            active,
+        )
+        waiting = len(router.connections) - sum(active.values())
+        yield GaugeMetricFamily(
+            "sniroute_connections_pending",
+            "Connections that wait for their hello, their backend or their end.",
+            value=max(waiting, 0),
+        )
+        yield _counter(
+            "sniroute_forward_bytes",
+            "Bytes moved from clients (in) and from backends (out).",
+            ["route", "direction", "handoff"],
+            moved,
+        )
+        yield _counter(
+            "sniroute_backend_connect_errors",
+            "Backends that did not accept.",
+            ["route", "error"],
+            stats.connect_errors,
+        )
+        yield _counter(
+            "sniroute_handoff_refusals",
+            "Connections that a hand-off left to the next one.",
+            ["handoff", "reason"],
+            stats.handoff_refusals,
+        )
+        yield _counter(
+            "sniroute_accept_pauses",
+            "Times that accepting paused, for want of descriptors, memory or connections.",
+            ["reason"],
+            stats.accept_errors,
+        )
+        yield HistogramMetricFamily(
+            "sniroute_client_hello_size_bytes",
+            "Bytes received when the hello was complete, or refused.",
+            buckets=stats.hello_size.buckets(),
+            sum_value=stats.hello_size.sum,
+        )
+        yield HistogramMetricFamily(
+            "sniroute_client_hello_duration_seconds",
+            "Time from accept to the complete hello.",
+            buckets=stats.hello_seconds.buckets(),
+            sum_value=stats.hello_seconds.sum,
+        )
+        connects = HistogramMetricFamily(
+            "sniroute_backend_connect_duration_seconds",
+            "Time until a backend accepted.",
+            labels=["route"],
+        )
+        for route, histogram in tuple(stats.connect_seconds.items()):
+            connects.add_metric([route], histogram.buckets(), histogram.sum)
+        yield connects
+
+    def _about_controller(self) -> Iterator[Metric]:
+        control = self._control
+        yield GaugeMetricFamily(
+            "sniroute_controller_connected",
+            "Whether a controller is connected to the control socket.",
+            value=control.controllers,
+        )
+        report = control.report
+        connected = GaugeMetricFamily(
+            "sniroute_event_stream_connected",
+            "Whether the engine's event stream is open.",
+            labels=["engine"],
+        )
+        listed = GaugeMetricFamily(
+            "sniroute_last_list_timestamp_seconds",
+            "Unix time of the engine's last full list.",
+            labels=["engine"],
+        )
+        counters = {
+            name: CounterMetricFamily(f"sniroute_engine_{name}", text, labels=["engine"])
+            for name, text in (
+                ("events", "Events that could change a route."),
+                ("lists", "Full lists of containers."),
+                ("failed_lists", "Lists that failed and changed nothing."),
+            )
+        }
+        for engine in report["engines"]:
+            label = [str(engine["name"])]
+            connected.add_metric(label, float(engine["connected"] and control.controllers > 0))
+            if engine["last_list"]:
+                listed.add_metric(label, engine["last_list"])
+            for name, family in counters.items():
+                family.add_metric(label, engine[name])
+        yield from (connected, listed, *counters.values())
+        problems: Counter[tuple[str, ...]] = Counter(
+            (str(problem["code"]), str(problem["severity"])) for problem in report["problems"]
+        )
+        yield _gauge(
+            "sniroute_problems",
+            "Problems with labels, routes and networks that stand now.",
+            ["code", "severity"],
+            problems,
+        )
+
+
+def _add(family: Any, counts: Any) -> Metric:
+    for key, value in tuple(counts.items()):
+        family.add_metric(list(key) if isinstance(key, tuple) else [key], value)
+    return family  # type: ignore[no-any-return]
+
+
+def _counter(name: str, text: str, labels: list[str], counts: Any) -> Metric:
+    return _add(CounterMetricFamily(name, text, labels=labels), counts)
+
+
+def _gauge(name: str, text: str, labels: list[str], counts: Any) -> Metric:
+    return _add(GaugeMetricFamily(name, text, labels=labels), counts)
+
+
+def serve(address: str, router: Router, control: Control, version: str) -> ThreadingHTTPServer:
+    """
+    Serve /metrics and /healthz on *address*, `ADDR:PORT`.
+
+    Raises:
+        ValueError: *address* is not written so.
+        OSError: it can not be listened on; the message names the address.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ValueError(f"metrics address {address!r}: not ADDR:PORT")
+    registry = CollectorRegistry()
+    registry.register(RouterCollector(router, control, version))
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = CLIENT_PATIENCE
+
+        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+            if self.path == "/metrics":
+                self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
+            elif self.path == "/healthz":
+                ready = router.table.generation > 0 and not router.draining
+                text = b"ready\n" if ready else b"not ready: no routing table, or draining\n"
+                self._answer(200 if ready else 503, "text/plain; charset=utf-8", text)
+            else:
+                self._answer(404, "text/plain; charset=utf-8", b"/metrics or /healthz\n")
+
+        def _answer(self, status: int, content_type: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """
+            Scrapes are no news.
+            """
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+    try:
+        server = Server((host.removeprefix("[").removesuffix("]"), int(port)), Handler)
+    except OSError as err:
+        raise OSError(err.errno, f"metrics address {address}: {err.strerror}") from None
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Read a ClientHello with OpenSSL: records, reassembly and framing are the library's.
+ *
+ * A server-side SSL object on memory BIOs is fed the peeked bytes.  The ClientHello
+ * callback runs when the message is complete and its framing is checked, before a
+ * version or a cipher is negotiated; it takes the extension bodies and stops the
+ * handshake there.  No key and no certificate is involved.
+ */
+
+enum { RECORD_HEADER = 5 }; /* RFC 8446, section 5.1: type, version, length */
+
+struct hello {
+	SSL *ssl;
+	size_t seen; /* bytes fed so far */
+	size_t record; /* where the last record begins that we know of */
+	unsigned int peeks;
+	bool complete;
+};
+
+static SSL_CTX *hello_ctx;
+static int hello_index;
+
+/* for the one thread that reads hellos: what it peeked, and the bodies it found */
+static unsigned char peeked[HELLO_MAX + 1];
+static unsigned char bodies[HELLO_MAX + 1];
+static struct extension found[N_EXTENSIONS];
+
+static const unsigned int extension_types[N_EXTENSIONS] = {
+	[EXT_SERVER_NAME] = TLSEXT_TYPE_server_name,
+	[EXT_ALPN] = TLSEXT_TYPE_application_layer_protocol_negotiation,
+	[EXT_VERSIONS] = TLSEXT_TYPE_supported_versions,
+	[EXT_ECH] = 0xfe0d, /* RFC 9849, section 5 */
+};
+
+static int on_hello(SSL *ssl, int *alert, void *arg)
+{
+	struct hello *hello = SSL_get_ex_data(ssl, hello_index);
+	size_t used = 0;
+
+	(void)alert;
+	(void)arg;
+	hello->complete = true;
+	for (int i = 0; i < N_EXTENSIONS; i++) {
+		const unsigned char *body;
+		size_t size;
+
+		found[i].body = NULL;
+		found[i].size = 0;
+		if (!SSL_client_hello_get0_ext(ssl, extension_types[i], &body, &size))
+			continue;
+		/* all bodies lie in one hello, and that in HELLO_MAX bytes */
+		found[i].body = memcpy(bodies + used, body, size);
+		found[i].size = size;
+		used += size;
+	}
+	return SSL_CLIENT_HELLO_RETRY;
+}
+
+int hello_init(void)
+{
+	hello_ctx = SSL_CTX_new(TLS_server_method());
+	hello_index = SSL_get_ex_new_index(0, NULL, NULL, NULL, NULL);
+	if (!hello_ctx || hello_index < 0)
+		return -1;
+	SSL_CTX_set_client_hello_cb(hello_ctx, on_hello, NULL);
+	/* whether a version is too old is the backend's business */
+	SSL_CTX_set_min_proto_version(hello_ctx, 0);
+	SSL_CTX_set_security_level(hello_ctx, 0);
+	return 0;
+}
+
+static struct hello *hello_new(void)
+{
+	struct hello *hello = calloc(1, sizeof(*hello));
+	BIO *in, *out;
+
+	if (!hello)
+		return NULL;
+	hello->ssl = SSL_new(hello_ctx);
+	in = BIO_new(BIO_s_mem());
+	out = BIO_new(BIO_s_mem());
+	if (!hello->ssl || !in || !out) {
+		BIO_free(in);
+		BIO_free(out);
+		SSL_free(hello->ssl);
+		free(hello);
+		return NULL;
+	}
+	SSL_set_bio(hello->ssl, in, out);
+	SSL_set_accept_state(hello->ssl);
+	SSL_set_ex_data(hello->ssl, hello_index, hello);
+	return hello;
+}
+
+void hello_free(struct hello *hello)
+{
+	if (!hello)
+		return;
+	SSL_free(hello->ssl);
+	free(hello);
+}
+
+/* How many bytes there must be before another look is worth it: to the end of the record that
+ * is not complete.  A hint for SO_RCVLOWAT only; what the bytes mean is decided by OpenSSL.
+ */
+static size_t hello_need(struct hello *hello, size_t size)
+{
+	while (size >= hello->record + RECORD_HEADER) {
+		const unsigned char *header = peeked + hello->record;
+		size_t end = hello->record + RECORD_HEADER + (header[3] << 8 | header[4]);
+
+		if (end > size)
+			return end;
+		hello->record = end;
+	}
+	return hello->record + RECORD_HEADER;
+}
+
+/* the alert that OpenSSL wrote, 0 when it wrote none */
+static int hello_alert(struct hello *hello)
+{
+	unsigned char record[RECORD_HEADER + 2];
+
+	if (BIO_read(SSL_get_wbio(hello->ssl), record, sizeof(record)) != sizeof(record))
+		return 0;
+	return record[RECORD_HEADER + 1];
+}
+
+static enum hello_status hello_read(struct hello *hello, size_t size, size_t limit,
+				    struct reading *reading)
+{
+	int error;
+
+	/* content types 20 to 23 of major version 3, or this never was TLS */
+	if (peeked[0] < 20 || peeked[0] > 23 || (size > 1 && peeked[1] != 3))
+		return HELLO_NOT_TLS;
+	if (size > hello->seen) {
+		BIO_write(SSL_get_rbio(hello->ssl), peeked + hello->seen, size - hello->seen);
+		hello->seen = size;
+	}
+	ERR_clear_error();
+	error = SSL_get_error(hello->ssl, SSL_do_handshake(hello->ssl));
+	if (hello->complete && error == SSL_ERROR_WANT_CLIENT_HELLO_CB) {
+		memcpy(reading->extensions, found, sizeof(found));
+		return HELLO_COMPLETE;
+	}
+	if (error != SSL_ERROR_WANT_READ) {
+		reading->alert = hello_alert(hello);
+		return HELLO_INVALID;
+	}
+	/* more than *limit* peeked, and still no hello */
+	if (size > limit)
+		return HELLO_TOO_LARGE;
+	reading->need = hello_need(hello, size);
+	if (reading->need > limit)
+		reading->need = limit + 1;
+	return HELLO_MORE;
+}
+
+/* Look at what *fd* has received, without taking it.  When there is too little, the socket
+ * does not become readable before there is what *need* says, or the end.
+ */
+void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading)
+{
+	ssize_t size = recv(fd, peeked, limit + 1, MSG_PEEK);
+
+	memset(reading, 0, sizeof(*reading));
+	hello->peeks++;
+	if (size < 0 && errno == EAGAIN) {
+		/* not one byte yet, or none beyond those that asked for more */
+		reading->status = HELLO_MORE;
+		reading->size = hello->seen;
+	} else if (size < 0) {
+		reading->status = HELLO_RESET;
+		reading->size = hello->seen;
+	} else if (size == 0) {
+		reading->status = HELLO_EOF;
+	} else {
+		reading->size = size;
+		reading->status = hello_read(hello, size, limit, reading);
+		if (reading->status == HELLO_MORE) {
+			int need = reading->need;
+
+			setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &need, sizeof(need));
+		}
+	}
+	reading->peeks = hello->peeks;
+}

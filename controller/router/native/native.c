@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The router's native half, one translation unit.  native.cdef.h is read by the compiler here
+ * and by cffi: the declarations are written once.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <netinet/in.h>
+#include <linux/tcp.h>
+#include <linux/types.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include "abi.h"
+
+struct hello;
+struct pipe;
+#include "native.cdef.h"
+#include "hello.c"
+#include "steps.c"
+#include "pump.c"

@@ -1,0 +1,83 @@
+/* What the router's Python calls: hello.c, steps.c and pump.c. */
+
+enum {
+	HELLO_MAX = 262144, /* the most that a hello limit can be set to */
+};
+
+enum hello_status {
+	HELLO_COMPLETE,
+	HELLO_MORE,
+	HELLO_EOF,
+	HELLO_RESET,
+	HELLO_NOT_TLS,
+	HELLO_INVALID,
+	HELLO_TOO_LARGE,
+};
+
+enum { EXT_SERVER_NAME, EXT_ALPN, EXT_VERSIONS, EXT_ECH, N_EXTENSIONS };
+
+/* the body of an extension, as OpenSSL framed it, until the next peek; NULL: absent */
+struct extension {
+	const unsigned char *body;
+	size_t size;
+};
+
+/* what a peek found */
+struct reading {
+	enum hello_status status;
+	int alert; /* HELLO_INVALID: what OpenSSL would answer, 0 for nothing */
+	size_t size; /* bytes received so far */
+	size_t need; /* HELLO_MORE: bytes needed for another look */
+	unsigned int peeks;
+	struct extension extensions[4];
+};
+
+struct arrival {
+	unsigned char address[16];
+	unsigned int address_size;
+	unsigned int port;
+	struct hello *hello; /* HELLO_MORE: to peek again with, and to free */
+	struct reading reading;
+};
+
+int hello_init(void);
+void hello_free(struct hello *hello);
+void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading);
+
+int accept_client(int listener, size_t limit, struct arrival *arrival);
+int discard(int fd, size_t budget);
+int refuse(int fd, const void *alert, size_t size, size_t budget);
+int dial(const void *address, int size, int receive_buffer, int keepalive_idle, int epoll);
+int socket_options(int fd, int receive_buffer, int keepalive_idle);
+int socket_error(int fd);
+void kick(int fd);
+void watch(int epoll, int fd, uint32_t events);
+void watch_pair(int epoll, int client, int backend, uint32_t events);
+void half_close(int fd);
+void reset(int fd);
+
+/* why a pump stopped */
+enum move {
+	MOVE_MORE, /* the budget is spent */
+	MOVE_IDLE, /* nothing to read */
+	MOVE_FULL, /* the destination takes no more */
+	MOVE_QUEUED, /* the kernel's backlog comes first, or is about to */
+	MOVE_END, /* the source has ended */
+	MOVE_FAILED, /* the source has failed */
+	MOVE_BROKEN, /* the destination has failed */
+};
+
+struct pipe *pipe_new(void);
+void pipe_free(struct pipe *pipe);
+enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_t *moved);
+
+/* a joined direction: what BPF writes, and what we write */
+struct direction_counts {
+	const struct counts *counts;
+	uint64_t *consumed;
+};
+
+bool is_slow(const struct direction_counts *of);
+enum move slow_pump(struct pipe *pipe, int from, int to, const struct direction_counts *of,
+		    size_t budget);
+bool drained(int from, int to, const struct direction_counts *of);

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Move bytes through user space: all of them for the relay, and what the kernel passed to us for
+ * a joined direction whose destination lags.
+ */
+
+enum { CHUNK = 1024 * 1024 }; /* one read: fewer, larger steps are what makes a copy cheap */
+
+static unsigned char chunk[CHUNK];
+
+/* what was read and could not be written yet: at most a chunk, and only while that is so */
+struct pipe {
+	unsigned char *pending;
+	size_t start, size;
+};
+
+struct pipe *pipe_new(void)
+{
+	return calloc(1, sizeof(struct pipe));
+}
+
+void pipe_free(struct pipe *pipe)
+{
+	if (pipe)
+		free(pipe->pending);
+	free(pipe);
+}
+
+/* Write what is pending.
+ *
+ * Returns how much went, and in *status* MOVE_IDLE when nothing is left.
+ */
+static size_t pipe_flush(struct pipe *pipe, int to, enum move *status)
+{
+	ssize_t sent = send(to, pipe->pending + pipe->start, pipe->size, MSG_NOSIGNAL);
+
+	if (sent < 0) {
+		*status = errno == EAGAIN ? MOVE_FULL : MOVE_BROKEN;
+		return 0;
+	}
+	pipe->start += sent;
+	pipe->size -= sent;
+	*status = pipe->size ? MOVE_FULL : MOVE_IDLE;
+	if (!pipe->size) {
+		free(pipe->pending);
+		pipe->pending = NULL;
+	}
+	return sent;
+}
+
+/* Read a chunk and write it; keep what does not go.
+ *
+ * Returns how much was written, and in *status* MOVE_MORE when all went.
+ */
+static size_t pipe_step(struct pipe *pipe, int from, int to, enum move *status)
+{
+	ssize_t size, sent;
+
+	if (pipe->size) {
+		size_t went = pipe_flush(pipe, to, status);
+
+		if (*status == MOVE_IDLE)
+			*status = MOVE_MORE;
+		return went;
+	}
+	size = recv(from, chunk, CHUNK, 0);
+	if (size <= 0) {
+		*status = !size ? MOVE_END : errno == EAGAIN ? MOVE_IDLE : MOVE_FAILED;
+		return 0;
+	}
+	sent = send(to, chunk, size, MSG_NOSIGNAL);
+	if (sent < 0 && errno != EAGAIN) {
+		*status = MOVE_BROKEN;
+		return 0;
+	}
+	if (sent < 0)
+		sent = 0;
+	*status = MOVE_MORE;
+	if (sent < size) {
+		*status = MOVE_FULL;
+		pipe->pending = malloc(size - sent);
+		if (!pipe->pending) {
+			*status = MOVE_BROKEN;
+			return sent;
+		}
+		memcpy(pipe->pending, chunk + sent, size - sent);
+		pipe->start = 0;
+		pipe->size = size - sent;
+	}
+	return sent;
+}
+
+/* Move bytes until one side makes us wait or *budget* is spent, for the others' sake. */
+enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_t *moved)
+{
+	enum move status = MOVE_MORE;
+	size_t spent = 0;
+
+	while (status == MOVE_MORE && spent < budget) {
+		size_t went = pipe_step(pipe, from, to, &status);
+
+		*moved += went;
+		spent += went;
+	}
+	return status;
+}
+
+/* --- a joined direction --- */
+
+/* bytes that the application's side of a socket has handed to TCP since it was connected:
+ * write_seq less the initial sequence number, put together from TCP_INFO
+ */
+static uint64_t written(const struct tcp_info *info)
+{
+	return info->tcpi_bytes_sent - info->tcpi_bytes_retrans + info->tcpi_notsent_bytes;
+}
+
+static int read_info(int fd, struct tcp_info *info)
+{
+	socklen_t size = sizeof(*info);
+
+	if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &size))
+		return -errno;
+	return 0;
+}
+
+static bool backlog_empty(int to, const struct direction_counts *of)
+{
+	struct tcp_info info;
+
+	return !read_info(to, &info) && written(&info) == of->counts->redirected + *of->consumed;
+}
+
+bool is_slow(const struct direction_counts *of)
+{
+	return __atomic_load_n(&of->counts->passed, __ATOMIC_SEQ_CST) != *of->consumed;
+}
+
+/* Move what the kernel passed to us, once all that it redirected before is written: not before,
+ * or we would overtake it.  *consumed* follows each write, so that
+ * written == redirected + consumed holds at each of our turns.
+ *
+ * Returns MOVE_IDLE when the kernel carries the direction again, MOVE_QUEUED when its backlog is
+ * not written yet, MOVE_FULL when the destination takes no more.
+ */
+enum move slow_pump(struct pipe *pipe, int from, int to, const struct direction_counts *of,
+		    size_t budget)
+{
+	enum move status = MOVE_MORE;
+	size_t spent = 0;
+
+	while (status == MOVE_MORE && spent < budget) {
+		size_t went;
+
+		if (!is_slow(of))
+			return MOVE_IDLE;
+		if (!backlog_empty(to, of))
+			return MOVE_QUEUED;
+		went = pipe_step(pipe, from, to, &status);
+		/* see pass() in splice.bpf.c for the barrier that meets these */
+		__atomic_store_n(of->consumed, *of->consumed + went, __ATOMIC_SEQ_CST);
+		__atomic_thread_fence(__ATOMIC_SEQ_CST);
+		spent += went;
+	}
+	/* counted a moment before it is queued for us: look again */
+	if (status == MOVE_IDLE || status == MOVE_END)
+		status = is_slow(of) ? MOVE_QUEUED : MOVE_IDLE;
+	return status;
+}
+
+/* Whether all that *from* received before its FIN has been written to *to*.
+ *
+ * The FIN is announced before the verdict has seen the bytes that came with it.  TCP_INFO takes
+ * the socket's lock, so it waits for that verdict, and bytes_received proves it: it counts
+ * every byte in order and, for one, the FIN (tcp_rcv_nxt_update).
+ */
+bool drained(int from, int to, const struct direction_counts *of)
+{
+	struct tcp_info info;
+
+	if (read_info(from, &info))
+		return false;
+	return info.tcpi_bytes_received == of->counts->redirected + of->counts->passed + 1 &&
+	       !is_slow(of) && backlog_empty(to, of);
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Steps of a connection that would be many system calls from Python.  Errors are -errno. */
+
+static const int on = 1;
+
+/* --- the client's side: accept, peek, refuse --- */
+
+/* Accept one client and look at its hello.  What is not complete yet leaves a hello to go on
+ * with in *arrival*.
+ *
+ * Returns the descriptor or -errno.
+ */
+int accept_client(int listener, size_t limit, struct arrival *arrival)
+{
+	struct sockaddr_storage peer;
+	socklen_t size = sizeof(peer);
+	int fd = accept4(listener, (struct sockaddr *)&peer, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+
+	if (fd < 0)
+		return -errno;
+	if (peer.ss_family == AF_INET) {
+		const struct sockaddr_in *in = (const struct sockaddr_in *)&peer;
+
+		arrival->port = ntohs(in->sin_port);
+		arrival->address_size = sizeof(in->sin_addr);
+		memcpy(arrival->address, &in->sin_addr, sizeof(in->sin_addr));
+	} else {
+		const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)&peer;
+		size_t skip = IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr) ? 12 : 0;
+
+		arrival->port = ntohs(in6->sin6_port);
+		arrival->address_size = sizeof(in6->sin6_addr) - skip;
+		memcpy(arrival->address, in6->sin6_addr.s6_addr + skip, arrival->address_size);
+	}
+	arrival->hello = hello_new();
+	if (!arrival->hello) {
+		close(fd);
+		return -ENOMEM;
+	}
+	hello_peek(arrival->hello, fd, limit, &arrival->reading);
+	if (arrival->reading.status != HELLO_MORE) {
+		hello_free(arrival->hello);
+		arrival->hello = NULL;
+	}
+	return fd;
+}
+
+/* Throw away what *fd* has received, at most *budget* bytes of it.
+ *
+ * Returns 1 when more may come, 0 at the end, -errno.
+ */
+int discard(int fd, size_t budget)
+{
+	while (budget) {
+		/* MSG_TRUNC: TCP drops the bytes without copying them (tcp(7)) */
+		ssize_t size = recv(fd, NULL, budget, MSG_TRUNC);
+
+		if (size == 0)
+			return 0;
+		if (size < 0)
+			return errno == EAGAIN ? 1 : -errno;
+		budget -= size;
+	}
+	return -EMSGSIZE;
+}
+
+/* Say a last word and end our half.  What came in is thrown away first: closing with unread
+ * bytes sends a RST, which may overtake the alert.
+ *
+ * Returns as discard().
+ */
+int refuse(int fd, const void *alert, size_t size, size_t budget)
+{
+	int lowat = 1, rest;
+
+	setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+	rest = discard(fd, budget);
+	if (rest < 0)
+		return rest;
+	if (size && send(fd, alert, size, MSG_NOSIGNAL) < 0)
+		return -errno;
+	if (shutdown(fd, SHUT_WR))
+		return -errno;
+	return rest;
+}
+
+/* --- the backend's side --- */
+
+int socket_options(int fd, int receive_buffer, int keepalive_idle)
+{
+	if (receive_buffer &&
+	    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof(receive_buffer)))
+		return -errno;
+	if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) ||
+	    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)) ||
+	    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &keepalive_idle, sizeof(keepalive_idle)))
+		return -errno;
+	return 0;
+}
+
+/* Begin to connect; *epoll* tells of the outcome as EPOLLOUT, EPOLLERR or EPOLLHUP.
+ *
+ * Returns the descriptor or -errno.
+ */
+int dial(const void *address, int size, int receive_buffer, int keepalive_idle, int epoll)
+{
+	const struct sockaddr *to = address;
+	struct epoll_event event = { .events = EPOLLOUT | EPOLLET };
+	int fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP);
+	int err;
+
+	if (fd < 0)
+		return -errno;
+	event.data.fd = fd;
+	err = socket_options(fd, receive_buffer, keepalive_idle);
+	if (!err && connect(fd, to, size) && errno != EINPROGRESS)
+		err = -errno;
+	if (!err && epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
+		err = -errno;
+	if (err) {
+		close(fd);
+		return err;
+	}
+	return fd;
+}
+
+/* 0, or the error that a socket has met */
+int socket_error(int fd)
+{
+	int error = 0;
+	socklen_t size = sizeof(error);
+
+	if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size))
+		return errno;
+	return error;
+}
+
+/* Have the kernel announce what is queued: the verdict of a joined socket runs over it
+ * (tcp_set_rcvlowat calls tcp_data_ready).
+ */
+void kick(int fd)
+{
+	int lowat = 1;
+
+	setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+}
+
+/* Hear of *events* of a socket, registered or not; of what holds already, too. */
+void watch(int epoll, int fd, uint32_t events)
+{
+	struct epoll_event event = { .events = events, .data.fd = fd };
+
+	if (epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &event))
+		epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+}
+
+/* The same for both sockets of a connection: the backend's is registered since its dial, the
+ * client's only if its hello made us wait.
+ */
+void watch_pair(int epoll, int client, int backend, uint32_t events)
+{
+	struct epoll_event event = { .events = events, .data.fd = client };
+
+	if (epoll_ctl(epoll, EPOLL_CTL_ADD, client, &event))
+		epoll_ctl(epoll, EPOLL_CTL_MOD, client, &event);
+	watch(epoll, backend, events);
+}
+
+/* --- the end --- */
+
+void half_close(int fd)
+{
+	shutdown(fd, SHUT_WR);
+}
+
+/* close with a RST: the other side must see that bytes are missing */
+void reset(int fd)
+{
+	const struct linger now = { .l_onoff = 1, .l_linger = 0 };
+
+	setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
+	close(fd);
+}

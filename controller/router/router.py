@@ -1,0 +1,186 @@
+"""
+What the connections of one router share: the table, the ladder of hand-offs, the counts.
+"""
+
+import errno
+import socket
+from collections.abc import Sequence
+from typing import Any, Final
+
+import structlog
+
+from bpfprog import MAX_CONNECTIONS
+from controller.core.routes import Backend, Route, RouteTable
+from controller.router._native import ffi
+from controller.router.connection import Connection, accept
+from controller.router.flow import Flow, Handoff
+from controller.router.loop import Loop
+from controller.router.stats import Stats
+from controller.settings import RouterSettings
+
+ACCEPT_BATCH: Final = 64
+"""Clients accepted in one round, so that those under way have their turn."""
+
+ACCEPT_PAUSE: Final = 0.1
+"""Seconds without accepting when the kernel has no descriptor or memory left for it."""
+
+EPOLLIN: Final = 1
+
+log = structlog.get_logger()
+
+
+class Router:
+    """
+    One router: its loop, and everything that happens in it.
+    """
+
+    def __init__(self, settings: RouterSettings, loop: Loop, max_connections: int) -> None:
+        self.settings = settings
+        self.loop = loop
+        self.max_connections = min(max_connections, MAX_CONNECTIONS)
+        self.table = RouteTable(0, ())
+        self.table_since = 0.0
+        self.ladder: Sequence[Handoff] = ()
+        self.ladder_reason = ""
+        self.stats = Stats()
+        self.connections: set[Connection] = set()
+        self.arrival: Any = ffi.new("struct arrival *")
+        self.reading: Any = ffi.new("struct reading *")
+        self.draining = False
+        self._listeners: list[socket.socket] = []
+        self._accepting = False
+        self._turns: dict[str, int] = {}
+
+    # --- accepting ---
+
+    def listen(self, listeners: list[socket.socket]) -> None:
+        """
+        Begin to accept.
+        """
+        self._listeners = listeners
+        self._resume()
+
+    def accept_batch(self) -> int:
+        """
+        How many clients may be accepted now.
+        """
+        return min(ACCEPT_BATCH, self.max_connections - len(self.connections))
+
+    def _on_listener(self, listener: int) -> None:
+        error = accept(self, listener)
+        if error:
+            self.stats.accept_errors[errno.errorcode.get(error, str(error))] += 1
+            log.warning("accept failed", error=errno.errorcode.get(error, str(error)))
+            self._pause()
+            self.loop.later(ACCEPT_PAUSE, self._resume)
+        elif len(self.connections) >= self.max_connections:
+            self.stats.accept_errors["max_connections"] += 1
+            self._pause()
+
+    def _pause(self) -> None:
+        if self._accepting:
+            self._accepting = False
+            for listener in self._listeners:
+                self.loop.forget(listener.fileno())
+
+    def _resume(self) -> None:
+        if self._accepting or self.draining:
+            return
+        self._accepting = True
+        for listener in self._listeners:
+            fd = listener.fileno()
+            self.loop.watch(fd, EPOLLIN, lambda _, fd=fd: self._on_listener(fd))  # type: ignore[misc]
+
+    # --- what connections ask and tell ---
+
+    def order(self, route: Route) -> list[Backend]:
+        """
+        The backends of *route* in the order to try them, last first: each in its turn.
+        """
+        backends = route.backends
+        if len(backends) == 1:
+            return [backends[0]]
+        turn = self._turns.get(route.host, 0) % len(backends)
+        self._turns[route.host] = turn + 1
+        return [*backends[turn:], *backends[:turn]][::-1]
+
+    def connect_error(self, connection: Connection, error: int) -> None:
+        """
+        Take note that a backend did not accept.
+        """
+        route, backend = connection.route, connection.backend
+        assert route is not None  # noqa: S101 - a backend comes of a route
+        assert backend is not None  # noqa: S101 - as above
+        word = errno.errorcode.get(error, str(error)).lower()
+        self.stats.connect_errors[route.host, word] += 1
+        log.debug("connect failed", route=route.host, backend=backend.name, error=word)
+
+    def refused(self, handoff: str, reason: str) -> None:
+        """
+        Take note that a hand-off did not take a connection.
+        """
+        self.stats.handoff_refusals[handoff, reason] += 1
+
+    def handed_over(self, connection: Connection) -> None:
+        """
+        Take note that bytes move.
+        """
+        assert connection.route is not None  # noqa: S101 - it was handed over
+        self.stats.connected(connection.route.host, connection.connect_seconds)
+
+    def ended(self, connection: Connection, reason: str) -> None:
+        """
+        Take note of the end of *connection*, while its counts still stand.
+        """
+        self.connections.discard(connection)
+        self.stats.ended(connection)
+        if self.settings.access_log:
+            log.info("connection", **connection.record(reason))
+        if not self._accepting and len(self.connections) == self.max_connections - 1:
+            self._resume()
+        if self.draining and not self.connections:
+            self.loop.stopping = True
+
+    # --- the table ---
+
+    def replace_table(self, table: RouteTable) -> None:
+        """
+        Route new connections by *table*; those under way keep their route.
+        """
+        self.table = table
+        self.table_since = self.loop.now
+        hosts = {route.host for route in table.routes}
+        self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
+        self.stats.keep_routes(hosts | {c.route.host for c in self.connections if c.route})
+
+    # --- the end ---
+
+    def drain(self) -> None:
+        """
+        Stop accepting; stop the loop when all connections have ended, or the time for it is over.
+        """
+        if self.draining:
+            return
+        self.draining = True
+        self._pause()
+        for listener in self._listeners:
+            listener.close()
+        log.info("draining", connections=len(self.connections), seconds=self.settings.drain)
+        if not self.connections:
+            self.loop.stopping = True
+        self.loop.later(self.settings.drain, self._cut)
+
+    def _cut(self) -> None:
+        for connection in tuple(self.connections):
+            connection.cut("drain_timeout")
+        self.loop.stopping = True
+
+    def flows(self) -> list[tuple[str, Flow]]:
+        """
+        The connections that move bytes, each with its route; may be called from another thread.
+        """
+        return [
+            (connection.route.host, connection.flow)
+            for connection in tuple(self.connections)
+            if connection.flow is not None and connection.route is not None
+        ]

@@ -1,0 +1,176 @@
+"""
+Prove a hand-off at start with real bytes on real sockets, through the code that will serve.
+
+Kernels differ in how they move redirected data, and distributions patch them; a version number
+says little.  So: a hello that waits is moved by the kick, a reader that stalls stops its writer
+within the bound, every byte then arrives in order, and a half-close comes behind the last of them
+while the other direction still works.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from controller.router.flow import Flow, Handoff, Refused
+from controller.router.loop import Loop
+
+PATIENCE: Final = 3.0
+"""Seconds for the whole test; it takes about 0.1 s."""
+
+STALLED: Final = 0.03
+"""Seconds in which a blocked writer must not come on: several rounds of the kernel's worker."""
+
+BOUND: Final = 32 * 1024 * 1024
+"""Bytes that may be under way to a reader that does not read: limit, send and receive buffers of
+four sockets.  Without a bound the whole of DATA is."""
+
+DATA: Final = 48 * 1024 * 1024
+
+HELLO: Final = b"a hello that is peeked at and stays queued"
+
+PIECE: Final = 256 * 1024
+
+
+class SelfTestFailed(Exception):  # noqa: N818 - an outcome, not a fault of the program
+    """
+    The hand-off does not do here what it must; the message says what it did.
+    """
+
+
+def prove(loop: Loop, handoff: Handoff) -> None:
+    """
+    Send real bytes through *handoff*.
+
+    Raises:
+        SelfTestFailed: it must not be used here.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            _Trial(loop, handoff, stack).run()
+    except OSError as err:
+        raise SelfTestFailed(f"no test connection: {err}") from err
+
+
+class _Trial:
+    def __init__(self, loop: Loop, handoff: Handoff, stack: contextlib.ExitStack) -> None:
+        self._loop = loop
+        self._handoff = handoff
+        self._until = time.monotonic() + PATIENCE
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self._client, self._client_side = self._pair(listener, stack)
+        self._backend_side, self._backend = self._pair(listener, stack)
+        self._over = False
+        self._flow: Flow | None = None
+
+    def _pair(
+        self, listener: socket.socket, stack: contextlib.ExitStack
+    ) -> tuple[socket.socket, socket.socket]:
+        near = stack.enter_context(socket.create_connection(listener.getsockname(), PATIENCE))
+        far = stack.enter_context(listener.accept()[0])
+        near.setblocking(False)
+        far.setblocking(False)
+        return near, far
+
+    def run(self) -> None:
+        self._client.sendall(HELLO)
+        self._wait(lambda: _peek(self._client_side) == HELLO, "hello")
+        self._take()
+        self._wait(lambda: _peek(self._backend) == HELLO, "kick: the queued hello did not move")
+        self._backend.recv(len(HELLO))
+        self._stall_and_drain()
+        self._half_close()
+
+    def _take(self) -> None:
+        try:
+            self._flow = self._handoff.take(
+                self._client_side.detach(), self._backend_side.detach(), self._on_over
+            )
+        except Refused as refusal:
+            raise SelfTestFailed(f"refused: {refusal}") from None
+
+    def _on_over(self, _: Flow) -> None:
+        self._over = True
+
+    def _stall_and_drain(self) -> None:
+        """
+        From the backend to a client that does not read, then reads on.
+        """
+        pattern = os.urandom(PIECE)
+        sent = self._send_until_stalled(pattern)
+        if sent > BOUND:
+            raise SelfTestFailed(f"bound: {sent} bytes under way to a reader that does not read")
+        self._backend.shutdown(socket.SHUT_WR)
+        got = 0
+
+        def read() -> bool:
+            nonlocal got
+            for data in _received(self._client):
+                if not data:
+                    if got == sent:
+                        return True
+                    raise SelfTestFailed(f"half-close: overtook {sent - got} of {sent} bytes")
+                start = got % PIECE
+                expected = (pattern + pattern)[start : start + len(data)]
+                if data != expected:
+                    raise SelfTestFailed(f"hash: other bytes than were sent, after {got}")
+                got += len(data)
+            return False
+
+        self._wait(read, "drain: a reader that read on did not get all bytes and the end")
+
+    def _send_until_stalled(self, pattern: bytes) -> int:
+        sent = 0
+        came_on = time.monotonic()
+        while sent < DATA and time.monotonic() - came_on < STALLED:
+            try:
+                # from where the pattern stopped, so that every byte's place is known
+                start = sent % PIECE
+                sent += self._backend.send(pattern[start:])
+                came_on = time.monotonic()
+            except BlockingIOError:
+                pass
+            self._loop.turn(0.001)
+        return sent
+
+    def _half_close(self) -> None:
+        """
+        The backend has ended; the client has not.
+        """
+        self._client.sendall(HELLO)
+        self._wait(lambda: _peek(self._backend) == HELLO, "half-close: the other way is shut too")
+        self._backend.recv(len(HELLO))
+        self._client.shutdown(socket.SHUT_WR)
+        self._wait(lambda: self._over, "close: both sides ended, the connection did not")
+        self._loop.turn(0)
+        self._wait(lambda: _peek(self._backend) == b"", "close: the end did not arrive")
+        for end in (self._client, self._backend):
+            if error := end.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise SelfTestFailed(f"close: ended with {errno.errorcode[error]}")
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        while not condition():
+            if time.monotonic() > self._until:
+                raise SelfTestFailed(what)
+            self._loop.turn(0.001)
+
+
+def _peek(end: socket.socket) -> bytes | None:
+    try:
+        return end.recv(4096, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+
+
+def _received(end: socket.socket) -> Iterator[bytes]:
+    while True:
+        try:
+            data = end.recv(PIECE)
+        except BlockingIOError:
+            return
+        yield data
+        if not data:
+            return

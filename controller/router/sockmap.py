@@ -1,0 +1,241 @@
+"""
+The `sockmap` hand-off: the kernel moves the bytes, within a bound.
+
+A direction is fast while BPF redirects all of it.  When its destination lags by more than the
+limit, BPF passes segments to user space and says so once; `advance` then moves them, in order
+behind what the kernel still holds, until it has caught up and BPF redirects again.
+"""
+
+import errno
+import select
+from collections.abc import Callable
+from typing import Any, Final
+
+from bpfprog import MAX_CONNECTIONS, Splice
+from controller.core.session import Side
+from controller.router._native import ffi, lib
+from controller.router.flow import ENDED, FIRST_RETRY, LAST_RETRY, Flow, Refused
+from controller.router.loop import Loop, Timer
+
+TURN: Final = 4 * 1024 * 1024
+"""Bytes that one slow direction may move before others have their turn."""
+
+
+class SockmapHandoff:
+    """
+    The rung: a loaded program, and the numbers of the connections in it.
+    """
+
+    name = "sockmap"
+
+    def __init__(self, loop: Loop, splice: Splice, backlog_limit: int) -> None:
+        self.loop = loop
+        self.splice = splice
+        self._limit = backlog_limit
+        self._free = list(range(MAX_CONNECTIONS - 1, -1, -1))
+        self._flows: dict[int, SockmapFlow] = {}
+        self._left: list[SockmapFlow] = []
+        self._lost_events = 0
+        self.slow_turns = 0
+        loop.round_ends.append(self._leave)
+        loop.watch(splice.events_fd, select.EPOLLIN, self._on_events)
+
+    def take(self, client: int, backend: int, over: Callable[[Flow], None]) -> Flow:
+        """
+        Join the two sockets.
+
+        Raises:
+            Refused: the kernel does not take one of them, or every number is in use.
+        """
+        if not self._free:
+            raise Refused("full")
+        number = self._free.pop()
+        try:
+            joined, cookies = self.splice.join(client, backend, number, self._limit)
+        except OSError as err:
+            self._free.append(number)
+            raise Refused(errno.errorcode.get(err.errno or 0, "unknown").lower()) from None
+        if not joined:
+            self._free.append(number)
+            raise Refused("backend_ended")
+        flow = SockmapFlow(self, client, backend, over, number, cookies)
+        self._flows[number] = flow
+        flow.start()
+        return flow
+
+    def _on_events(self, _: int) -> None:
+        for direction in self.splice.events():
+            flow = self._flows.get(direction >> 1)
+            if flow is not None:
+                flow.advance(Side(direction & 1))
+        lost = self.splice.lost_events
+        if lost != self._lost_events:
+            self._lost_events = lost
+            for flow in tuple(self._flows.values()):
+                flow.advance(Side.CLIENT)
+                flow.advance(Side.BACKEND)
+
+    def leave(self, flow: "SockmapFlow") -> None:
+        """
+        Let go of *flow* at the end of the round, when its sockets are closed.
+        """
+        del self._flows[flow.number]
+        self._left.append(flow)
+
+    def _leave(self) -> None:
+        if not self._left:
+            return
+        self.splice.leave([cookie for flow in self._left for cookie in flow.cookies])
+        # only now may the numbers, and with them the counts, be another connection's
+        self._free.extend(flow.number for flow in self._left)
+        self._left.clear()
+
+
+class SockmapFlow(Flow):
+    """
+    One joined connection.
+    """
+
+    handoff = "sockmap"
+
+    __slots__ = ("_handoff", "_pipes", "_retry", "_timers", "_views", "cookies", "number")
+
+    def __init__(
+        self,
+        handoff: SockmapHandoff,
+        client: int,
+        backend: int,
+        over: Callable[[Flow], None],
+        number: int,
+        cookies: tuple[int, int],
+    ) -> None:
+        super().__init__(handoff.loop, client, backend, over)
+        self._handoff = handoff
+        self.number = number
+        self.cookies = cookies
+        self._views: list[Any] = [None, None]
+        self._pipes = [ffi.NULL, ffi.NULL]
+        self._timers: list[Timer | None] = [None, None]
+        self._retry = [FIRST_RETRY, FIRST_RETRY]
+
+    def start(self) -> None:
+        """
+        Listen for the ends, then have the kernel look at what is queued: the hello goes first.
+        """
+        client, backend = self.fds
+        handlers = self.loop.handlers
+        handlers[backend] = self.on_backend
+        handlers[client] = self.on_client
+        lib.watch_pair(self.loop.epoll_fd, client, backend, ENDED)
+        lib.kick(client)
+        lib.kick(backend)
+
+    def on_client(self, events: int) -> None:
+        """
+        Hear of the client's socket.
+        """
+        self._on(Side.CLIENT, events)
+
+    def on_backend(self, events: int) -> None:
+        """
+        Hear of the backend's socket.
+        """
+        self._on(Side.BACKEND, events)
+
+    def _on(self, side: Side, events: int) -> None:
+        if events & select.EPOLLERR:
+            self.failed(side, lib.socket_error(self.fds[side]))
+            return
+        if events & (select.EPOLLRDHUP | select.EPOLLHUP):
+            self.run(self.session.ended(side))
+        if events & select.EPOLLOUT and not self.session.over:
+            self.advance(side.other)
+
+    def drain(self, side: Side) -> None:
+        """
+        Begin to look whether all that came from *side* is written.
+        """
+        self.advance(side)
+
+    def advance(self, side: Side) -> None:
+        """
+        Move what BPF passed of the bytes from *side*; see whether an ended side is drained.
+        """
+        session = self.session
+        if session.over:
+            return
+        timer = self._timers[side]
+        if timer is not None:
+            timer.cancel()
+            self._timers[side] = None
+        counts = self._views[side] or self._view(side)
+        source, destination = self.fds[side], self.fds[side.other]
+        pipe = self._pipes[side]
+        status = lib.MOVE_IDLE
+        if lib.is_slow(counts):
+            if pipe == ffi.NULL:
+                pipe = self._pipes[side] = lib.pipe_new()
+            self._handoff.slow_turns += 1
+            status = lib.slow_pump(pipe, source, destination, counts, TURN)
+        if status == lib.MOVE_IDLE:
+            if not session.waits_to_drain(side):
+                self._relax(side)
+                return
+            if lib.drained(source, destination, counts):
+                self._relax(side)
+                self.run(session.drained(side))
+                return
+            status = lib.MOVE_QUEUED
+        if status == lib.MOVE_MORE:
+            self.loop.soon(lambda: self.advance(side))
+        elif status == lib.MOVE_FULL:
+            self.loop.rearm(destination, ENDED | select.EPOLLOUT)
+        elif status == lib.MOVE_QUEUED:
+            # the kernel's worker tells nobody when it is done: look again, but only while the
+            # destination is writable, for else there is nothing to see
+            delay = self._retry[side]
+            self._retry[side] = min(2 * delay, LAST_RETRY)
+            self._timers[side] = self.loop.later(
+                delay, lambda: self.loop.rearm(destination, ENDED | select.EPOLLOUT)
+            )
+        elif status == lib.MOVE_FAILED:
+            self.failed(side, lib.socket_error(source))
+        else:
+            self.failed(side.other, lib.socket_error(destination))
+
+    def _view(self, side: Side) -> Any:
+        """
+        Where native code finds the counts of *side*; most connections need it at their end only.
+        """
+        counts, consumed = self._handoff.splice.addresses(2 * self.number + side)
+        view = self._views[side] = ffi.new(
+            "struct direction_counts *",
+            (ffi.cast("struct counts *", counts), ffi.cast("uint64_t *", consumed)),
+        )
+        return view
+
+    def _relax(self, side: Side) -> None:
+        if self._pipes[side] != ffi.NULL:
+            lib.pipe_free(self._pipes[side])
+            self._pipes[side] = ffi.NULL
+            self.loop.rearm(self.fds[side.other], ENDED)
+        self._retry[side] = FIRST_RETRY
+
+    def bytes(self, side: Side) -> int:
+        """
+        Count what came from *side* and was moved on, by the kernel or by us.
+        """
+        redirected, _, consumed = self._handoff.splice.counts(2 * self.number + side)
+        return redirected + consumed
+
+    def release(self) -> None:
+        """
+        Free the pipes, and the connection's number once its sockets are closed.
+        """
+        for side in Side:
+            lib.pipe_free(self._pipes[side])
+            self._pipes[side] = ffi.NULL
+            timer = self._timers[side]
+            if timer is not None:
+                timer.cancel()
+        self._handoff.leave(self)

@@ -1,0 +1,104 @@
+"""
+What the router counts, as plain numbers: the loop only adds, the collector reads at scrape time.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from controller.core.session import Side
+
+if TYPE_CHECKING:
+    from controller.router.connection import Connection
+
+SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+SIZES: Final = (256.0, 512.0, 1024.0, 1536.0, 2048.0, 3072.0, 4096.0, 8192.0, 16384.0, 65536.0)
+
+NO_ROUTE: Final = ""
+"""The route label of a connection that took none."""
+
+
+class Histogram:
+    """
+    Counts of values up to each of *bounds*, and above.
+    """
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """
+        Count *value*.
+        """
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """
+        The cumulative counts under their bounds, as Prometheus has them.
+        """
+        total = 0
+        buckets = []
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), tuple(self.counts), strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        return buckets
+
+
+class Stats:
+    """
+    The counts of one router since its start.
+    """
+
+    def __init__(self) -> None:
+        self.connections: Counter[tuple[str, str]] = Counter()  # route, result
+        self.reasons: Counter[str] = Counter()
+        self.bytes: Counter[tuple[str, str, str]] = Counter()  # route, direction, handoff
+        self.connect_errors: Counter[tuple[str, str]] = Counter()  # route, error
+        self.handoff_refusals: Counter[tuple[str, str]] = Counter()  # handoff, reason
+        self.accept_errors: Counter[str] = Counter()
+        self.table_updates: Counter[str] = Counter()
+        self.hello_size = Histogram(SIZES)
+        self.hello_seconds = Histogram(SECONDS)
+        self.connect_seconds: dict[str, Histogram] = {}
+
+    def connected(self, route: str, seconds: float) -> None:
+        """
+        Count a backend that accepted.
+        """
+        histogram = self.connect_seconds.get(route)
+        if histogram is None:
+            histogram = self.connect_seconds[route] = Histogram(SECONDS)
+        histogram.observe(seconds)
+
+    def ended(self, connection: "Connection") -> None:
+        """
+        Count a connection at its end.
+        """
+        route = connection.route.host if connection.route is not None else NO_ROUTE
+        self.connections[route, connection.result] += 1
+        if connection.hello.size:
+            self.hello_size.observe(connection.hello.size)
+        if connection.hello.seconds:
+            self.hello_seconds.observe(connection.hello.seconds)
+        flow = connection.flow
+        if flow is not None:
+            self.reasons[flow.session.reason] += 1
+            self.bytes[route, "in", flow.handoff] += flow.bytes(Side.CLIENT)
+            self.bytes[route, "out", flow.handoff] += flow.bytes(Side.BACKEND)
+
+    def keep_routes(self, hosts: Iterable[str]) -> None:
+        """
+        Forget the counts of routes that are no more, so that changing names cost no memory.
+        """
+        keep = {*hosts, NO_ROUTE}
+        for counter in (self.connections, self.bytes, self.connect_errors):
+            for key in [key for key in counter if key[0] not in keep]:
+                del counter[key]
+        for host in [host for host in self.connect_seconds if host not in keep]:
+            del self.connect_seconds[host]
