@@ -14,10 +14,22 @@
 #include <bpf/bpf_helpers.h>
 #include "abi.h"
 
-/* CO-RE: libbpf finds the real offset in the running kernel's BTF */
+/* CO-RE: libbpf finds the real offsets in the running kernel's BTF */
+#define KERNEL __attribute__((preserve_access_index))
+struct sock {
+	int sk_wmem_queued;
+	int sk_sndbuf;
+} KERNEL;
+struct inet_sock {
+	struct sock sk;
+} KERNEL;
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+} KERNEL;
 struct tcp_sock {
+	struct inet_connection_sock inet_conn;
 	__u32 write_seq;
-} __attribute__((preserve_access_index));
+} KERNEL;
 
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
@@ -97,10 +109,13 @@ int verdict(struct __sk_buff *skb)
 	struct tcp_sock *tcp;
 	struct bpf_sock *dst;
 	__u64 peer;
+	int room;
 
-	/* a lone FIN: redirecting nothing would end the destination with EPIPE */
+	/* A lone FIN.  Redirected it ends the destination with EPIPE, and passed, when bytes are
+	 * queued for this very socket, it ends this one (sk_psock_backlog takes 0 for an error).
+	 */
 	if (!len)
-		return SK_PASS;
+		return SK_DROP;
 
 	dir = bpf_map_lookup_elem(&directions, &self);
 	if (!dir) {
@@ -133,6 +148,7 @@ int verdict(struct __sk_buff *skb)
 		return pass(count, done, slot, len);
 	}
 	accepted = *(volatile __u32 *)&tcp->write_seq;
+	room = tcp->inet_conn.icsk_inet.sk.sk_sndbuf - tcp->inet_conn.icsk_inet.sk.sk_wmem_queued;
 	bpf_sk_release(dst);
 
 	/* all that went before is written: consumed is raised only after the write */
@@ -144,6 +160,11 @@ int verdict(struct __sk_buff *skb)
 	/* modulo 2^32, as sequence numbers are; the limit keeps the difference small */
 	queued = (__u32)count->redirected + (__u32)*done - (accepted - count->base);
 	if (queued + len > limit)
+		return pass(count, done, slot, len);
+	/* A backlog that the send buffer has no room for would poll each jiffy, and hold back
+	 * what is passed from this destination, which queues behind it.
+	 */
+	if (room < (int)(queued + len))
 		return pass(count, done, slot, len);
 
 	count->redirected += len;

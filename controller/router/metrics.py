@@ -3,6 +3,7 @@
 """
 
 import platform
+import socket
 import threading
 import time
 from collections import Counter
@@ -259,11 +260,14 @@ def serve(address: str, router: Router, control: Control, version: str) -> Threa
             Scrapes are no news.
             """
 
+    host = host.removeprefix("[").removesuffix("]")
+
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
 
     try:
-        server = Server((host.removeprefix("[").removesuffix("]"), int(port)), Handler)
+        server = Server((host, int(port)), Handler)
     except OSError as err:
         raise OSError(err.errno, f"metrics address {address}: {err.strerror}") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

@@ -1,0 +1,230 @@
+"""
+The plan: from what the engines list to the routes to serve.
+
+Rules of this file:
+
+1. The same containers give the same plan, in whatever order they come.
+2. What is wrong with one container is a problem value and changes no other container's routes.
+3. Port: the label, else the only exposed TCP port, else 443 if exposed, else a problem.
+4. Network: the label, else the configured one, else the only one that can be reached; of several
+   the first by name, with a warning.  IPv4 before IPv6.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+
+from controller.core.labels import RouteSpec, read_labels
+from controller.core.problems import Code, Problem
+from controller.core.routes import Backend, Route
+
+HOST_ADDRESS = "127.0.0.1"
+"""Where a container in the host's own network is: the router is there too."""
+
+HTTPS = 443
+
+_JOINED = "container:"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """
+    One container network that a container is in; an address it lacks is empty.
+    """
+
+    name: str
+    address: str
+    address6: str
+    driver: str
+    reachable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """
+    One running container, as its engine tells of it.
+
+    *mode* is the engine's network mode: `host`, `none`, `container:ID`, or the name of a network.
+    """
+
+    id: str
+    name: str
+    source: str
+    labels: Mapping[str, str]
+    ports: frozenset[int]
+    networks: tuple[Network, ...]
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """
+    The routes to serve, by host, and all that stood in the way of more.
+    """
+
+    routes: tuple[Route, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """
+    The hosts by which two tables differ.
+    """
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
+def plan(
+    containers: Iterable[Container], static: Iterable[Route] = (), network: str | None = None
+) -> Plan:
+    """
+    Plan the routes of all *containers* and the *static* ones.
+
+    *network* is the configured network: it decides for containers that are in it.
+    """
+    by_id = {(c.source, c.id): c for c in containers}
+    pairs = [(route.host, backend) for route in static for backend in route.backends]
+    problems: list[Problem] = []
+    for container in by_id.values():
+        reading = read_labels(container.name, container.labels)
+        problems += reading.problems
+        for spec in reading.specs:
+            picker = _Picker(container, spec, problems)
+            # both, so that one look shows every problem
+            port, address = picker.port(), picker.address(by_id, network)
+            if port and address:
+                backend = Backend(container.name, container.source, address, port)
+                pairs += [(host, backend) for host in spec.hosts]
+    return Plan(pool(pairs), tuple(sorted(set(problems))))
+
+
+def pool(pairs: Iterable[tuple[str, Backend]]) -> tuple[Route, ...]:
+    """
+    Gather the backends of each host into one route, in one order and each address once.
+    """
+    pools: dict[str, dict[tuple[str, int], Backend]] = {}
+    for host, backend in sorted(
+        pairs, key=lambda pair: (pair[0], *attrgetter("source", "name", "address", "port")(pair[1]))
+    ):
+        pools.setdefault(host, {}).setdefault((backend.address, backend.port), backend)
+    return tuple(Route(host, tuple(backends.values())) for host, backends in pools.items())
+
+
+def carry(
+    routes: Iterable[Route], served: Iterable[Route], sources: Collection[str]
+) -> tuple[Route, ...]:
+    """
+    Add to *routes* the backends of *served* that come from *sources*.
+
+    These are the sources that have not answered yet: what they said last still counts.
+    """
+    kept = [(r.host, b) for r in served for b in r.backends if b.source in sources]
+    return pool([(r.host, b) for r in routes for b in r.backends] + kept)
+
+
+def diff(old: Iterable[Route], new: Iterable[Route]) -> Changes:
+    """
+    Compare two tables.
+    """
+    before, after = {r.host: r for r in old}, {r.host: r for r in new}
+    return Changes(
+        added=tuple(sorted(after.keys() - before.keys())),
+        removed=tuple(sorted(before.keys() - after.keys())),
+        changed=tuple(sorted(h for h in after.keys() & before.keys() if after[h] != before[h])),
+    )
+
+
+class _Picker:
+    """
+    Pick port and address for one route of one container; None where there is a problem.
+    """
+
+    def __init__(self, container: Container, spec: RouteSpec, problems: list[Problem]) -> None:
+        self._container = container
+        self._spec = spec
+        self._problems = problems
+
+    def port(self) -> int | None:
+        exposed = self._container.ports
+        if self._spec.port is not None:
+            return self._spec.port
+        if len(exposed) == 1:
+            return next(iter(exposed))
+        if HTTPS in exposed:
+            return HTTPS
+        if exposed:
+            ports = ", ".join(map(str, sorted(exposed)))
+            self._problem(Code.AMBIGUOUS_PORT, "port", "", f"missing; exposed are {ports}")
+        else:
+            self._problem(Code.NO_PORT, "port", "", "missing; the container exposes no TCP port")
+        return None
+
+    def address(
+        self, by_id: Mapping[tuple[str, str], Container], configured: str | None
+    ) -> str | None:
+        owner = self._owner(by_id)
+        if owner is None:
+            return None
+        if owner.mode == "host":
+            return HOST_ADDRESS
+        network = self._network(owner.networks, configured)
+        if network is None:
+            return None
+        address = network.address or network.address6
+        if not address:
+            self._problem(
+                Code.NO_ADDRESS, "network", network.name, "the container has no address there"
+            )
+        return address or None
+
+    def _owner(self, by_id: Mapping[tuple[str, str], Container]) -> Container | None:
+        # a container may live in the network of another one, that one in a third
+        owner, seen = self._container, set[str]()
+        while owner.mode.startswith(_JOINED):
+            target = owner.mode.removeprefix(_JOINED)
+            found = by_id.get((owner.source, target))
+            if found is None or target in seen:
+                self._problem(
+                    Code.NO_NETWORK, "network", owner.mode, "that container is not running"
+                )
+                return None
+            seen.add(target)
+            owner = found
+        return owner
+
+    def _network(self, networks: tuple[Network, ...], configured: str | None) -> Network | None:
+        wanted = self._spec.network
+        if wanted is not None:
+            found = _named(networks, wanted)
+            if not found:
+                names = ", ".join(sorted(n.name for n in networks)) or "none"
+                detail = f"the container is not in it; it is in: {names}"
+                self._problem(Code.UNKNOWN_NETWORK, "network", wanted, detail)
+                return None
+        else:
+            found = _named(networks, configured) if configured else []
+            found = found or sorted((n for n in networks if n.reachable), key=attrgetter("name"))
+            if not found:
+                names = ", ".join(sorted(n.name for n in networks)) or "none"
+                detail = f"no container network that can be reached from here; it is in: {names}"
+                self._problem(Code.NO_NETWORK, "network", "", detail)
+                return None
+        if len(found) > 1:
+            names = ", ".join(n.name for n in found)
+            detail = f"any of {names} would do, taking {found[0].name}"
+            self._problem(Code.AMBIGUOUS_NETWORK, "network", wanted or "", detail)
+        return found[0]
+
+    def _problem(self, code: Code, key: str, value: str, detail: str) -> None:
+        label = self._spec.label(key)
+        self._problems.append(Problem(code, self._container.name, label, value, detail))
+
+
+def _named(networks: Iterable[Network], wanted: str) -> list[Network]:
+    # compose puts its project before a network's name: app_web answers to web
+    networks = sorted(networks, key=attrgetter("name"))
+    exact = [n for n in networks if n.name == wanted]
+    return exact or [n for n in networks if n.name.endswith(f"_{wanted}")]

@@ -1,0 +1,297 @@
+"""
+The plan: ports, networks, pools, and that neither order nor neighbours matter.
+"""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controller.core.plan import Changes, Container, Network, carry, diff, plan, pool
+from controller.core.problems import Severity
+from controller.core.routes import Backend, Route
+
+
+def net(name: str = "web", address: str = "198.51.100.2", **changes: object) -> Network:
+    network = Network(name, address, "", "bridge", reachable=True)
+    return replace(network, **changes)
+
+
+def box(name: str = "app", *networks: Network, **changes: object) -> Container:
+    container = Container(
+        id=f"id-{name}",
+        name=name,
+        source="docker",
+        labels={"sniroute.host": "app.example.com"},
+        ports=frozenset({443}),
+        networks=networks or (net(),),
+        mode="web",
+    )
+    return replace(container, **changes)
+
+
+def labels(**values: str) -> dict[str, str]:
+    return {f"sniroute.{key}": value for key, value in values.items()}
+
+
+def only_backend(container: Container, *others: Container, network: str | None = None) -> Backend:
+    (route,) = plan([container, *others], (), network).routes
+    (backend,) = route.backends
+    return backend
+
+
+def codes(container: Container, *others: Container, network: str | None = None) -> list[str]:
+    return [p.code.value for p in plan([container, *others], (), network).problems]
+
+
+@pytest.mark.parametrize(
+    ("label", "exposed", "port"),
+    [
+        ("8443", {443, 80}, 8443),
+        ("8443", set(), 8443),
+        (None, {8443}, 8443),
+        (None, {80, 443, 8443}, 443),
+    ],
+)
+def test_port_is_the_label_else_the_only_one_else_443(
+    label: str | None, exposed: set[int], port: int
+) -> None:
+    """
+    The port's order of preference.
+    """
+    wanted = {"port": label} if label else {}
+    container = box(labels=labels(host="a.example.com", **wanted), ports=frozenset(exposed))
+
+    assert port == only_backend(container).port
+
+
+@pytest.mark.parametrize(("exposed", "code"), [(set(), "no-port"), ({80, 8443}, "ambiguous-port")])
+def test_port_is_never_guessed(exposed: set[int], code: str) -> None:
+    """
+    Without a port that is certain there is a problem and no route.
+    """
+    result = plan([box(ports=frozenset(exposed))])
+
+    assert () == result.routes
+    assert [code] == [p.code.value for p in result.problems]
+
+
+def test_network_is_the_label_before_all() -> None:
+    """
+    The label wins over the configured network, even where reachability says no.
+    """
+    networks = net("a"), net("b", "198.51.100.3", reachable=False)
+    container = box("app", *networks, labels=labels(host="a.example.com", network="b"))
+
+    assert "198.51.100.3" == only_backend(container, network="a").address
+    assert [] == codes(container, network="a")
+
+
+def test_configured_network_decides_only_for_containers_in_it() -> None:
+    """
+    The configured network is a preference; a container elsewhere is still reached.
+    """
+    inside = box("app", net("a"), net("b", "198.51.100.3"))
+    outside = box("app", net("a"))
+
+    assert "198.51.100.3" == only_backend(inside, network="b").address
+    assert "198.51.100.2" == only_backend(outside, network="b").address
+
+
+def test_only_reachable_network_is_taken_without_a_word() -> None:
+    """
+    Networks that can not be reached do not count.
+    """
+    container = box("app", net("a", reachable=False), net("b", "198.51.100.3"))
+
+    assert "198.51.100.3" == only_backend(container).address
+    assert [] == codes(container)
+
+
+def test_several_reachable_networks_are_warned_of() -> None:
+    """
+    The first by name is taken, and a warning says so.
+    """
+    container = box("app", net("b", "198.51.100.3"), net("a"))
+
+    assert "198.51.100.2" == only_backend(container).address
+    (problem,) = plan([container]).problems
+    assert ("ambiguous-network", Severity.WARNING) == (problem.code, problem.severity)
+    assert "a, b" in problem.detail
+
+
+@pytest.mark.parametrize("name", ["web", "shop_web"])
+def test_network_is_named_with_or_without_its_project(name: str) -> None:
+    """
+    `web` names the network web, else the one that compose called PROJECT_web.
+    """
+    container = box("app", net(name), labels=labels(host="a.example.com", network="web"))
+
+    assert "198.51.100.2" == only_backend(container).address
+
+
+def test_exact_network_name_wins_over_a_suffix() -> None:
+    """
+    A network named exactly so is meant, whatever else ends like it.
+    """
+    networks = net("a_web"), net("web", "198.51.100.3")
+    container = box("app", *networks, labels=labels(host="a.example.com", network="web"))
+
+    assert "198.51.100.3" == only_backend(container).address
+    assert [] == codes(container)
+
+
+@pytest.mark.parametrize(
+    ("container", "code"),
+    [
+        (box(labels=labels(host="a.example.com", network="zzz")), "unknown-network"),
+        (box("app", net(reachable=False)), "no-network"),
+        (box(networks=(), mode="none"), "no-network"),
+        (box("app", net(address="")), "no-address"),
+        (box(mode="container:id-gone"), "no-network"),
+        (box(mode="container:id-app"), "no-network"),
+    ],
+    ids=["unknown", "unreachable", "none", "no address", "owner gone", "its own owner"],
+)
+def test_network_that_leads_nowhere_is_a_problem(container: Container, code: str) -> None:
+    """
+    Where there is no address to take there is a problem and no route.
+    """
+    result = plan([container])
+
+    assert () == result.routes
+    assert [code] == [p.code.value for p in result.problems]
+
+
+def test_host_network_is_loopback() -> None:
+    """
+    A container in the host's network is where the router is.
+    """
+    assert "127.0.0.1" == only_backend(box(networks=(), mode="host")).address
+
+
+def test_joined_network_is_its_owners() -> None:
+    """
+    A container in another one's network has that one's address, over any number of steps.
+    """
+    owner = box("owner", net(address="198.51.100.7"), labels={})
+    middle = box("middle", labels={}, networks=(), mode="container:id-owner")
+    container = box(networks=(), mode="container:id-middle")
+
+    assert "198.51.100.7" == only_backend(container, owner, middle).address
+
+
+def test_ipv4_comes_before_ipv6() -> None:
+    """
+    IPv6 is taken where there is no IPv4.
+    """
+    both, only6 = net(address6="2001:db8::2"), net(address="", address6="2001:db8::2")
+
+    assert "198.51.100.2" == only_backend(box("app", both)).address
+    assert "2001:db8::2" == only_backend(box("app", only6)).address
+
+
+def test_containers_of_one_host_form_a_pool() -> None:
+    """
+    Containers and static backends with one host are one route; one address occurs once.
+    """
+    static = Route("app.example.com", (Backend("s", "file", "203.0.113.9", 443),))
+    a, b = box("a"), box("b", net(address="198.51.100.3"))
+    same = box("c")
+
+    (route,) = plan([b, same, a], [static]).routes
+
+    assert ["a", "b", "s"] == [backend.name for backend in route.backends]
+
+
+def test_diff_names_the_hosts_that_differ() -> None:
+    """
+    A difference is added, removed or changed hosts; a table has none to itself.
+    """
+    one, two = (Backend(str(n), "docker", f"198.51.100.{n}", 443) for n in (1, 2))
+    old = pool([("a", one), ("b", one), ("c", one)])
+    new = pool([("b", one), ("c", two), ("d", one)])
+
+    assert Changes(added=("d",), removed=("a",), changed=("c",)) == diff(old, new)
+    assert Changes((), (), ()) == diff(old, old)
+
+
+def test_carry_keeps_only_the_silent_sources() -> None:
+    """
+    What silent sources said last is kept; what others said last is not.
+    """
+    docker, podman, new = (
+        Backend(name, name, address, 443)
+        for name, address in (
+            ("docker", "198.51.100.1"),
+            ("podman", "198.51.100.2"),
+            ("new", "198.51.100.3"),
+        )
+    )
+    served = pool([("a", docker), ("a", podman), ("b", docker), ("c", podman)])
+
+    assert pool([("a", new), ("a", podman), ("c", podman)]) == carry(
+        pool([("a", new)]), served, {"podman"}
+    )
+
+
+_good = st.builds(
+    box,
+    st.sampled_from("abcdef"),
+    st.builds(
+        net,
+        st.sampled_from(["x", "y"]),
+        st.integers(1, 250).map("198.51.100.{}".format),
+        reachable=st.booleans(),
+    ),
+    labels=st.fixed_dictionaries(
+        {"sniroute.host": st.sampled_from(["a.example.com", "*.example.com, *", "b.example.com"])},
+        optional={"sniroute.port": st.sampled_from(["443", "x"]), "sniroute.bad": st.just("1")},
+    ),
+    ports=st.frozensets(st.sampled_from([80, 443, 8443])),
+    mode=st.sampled_from(["x", "host", "container:id-a"]),
+)
+_boxes = st.lists(_good, max_size=6, unique_by=lambda container: container.id)
+
+
+@given(_boxes.flatmap(lambda boxes: st.tuples(st.just(boxes), st.permutations(boxes))))
+def test_order_of_containers_does_not_matter(
+    orders: tuple[list[Container], list[Container]],
+) -> None:
+    """
+    The same containers in another order give the same plan.
+    """
+    assert plan(orders[0]) == plan(orders[1])
+
+
+@given(
+    _boxes,
+    st.dictionaries(
+        st.text(max_size=8).map("sniroute.{}".format) | st.sampled_from(["sniroute.port"]),
+        st.text(max_size=12),
+        max_size=4,
+    ),
+)
+def test_bad_container_changes_no_other_route(boxes: list[Container], bad: dict[str, str]) -> None:
+    """
+    Whatever the labels of one container are, as long as they give no host, the rest is as without.
+    """
+    bad.pop("sniroute.host", None)
+    without = plan(boxes)
+    beside = plan([*boxes, box("zzz", net(address="203.0.113.1"), labels=bad)])
+
+    assert without.routes == beside.routes
+    assert set(without.problems) == {p for p in beside.problems if p.container != "zzz"}
+
+
+@given(_boxes, _boxes)
+def test_diff_is_empty_exactly_for_equal_tables(
+    some: list[Container], others: list[Container]
+) -> None:
+    """
+    Two tables without a difference are the same table.
+    """
+    old, new = plan(some).routes, plan(others).routes
+
+    assert (old == new) == (diff(old, new) == Changes((), (), ()))

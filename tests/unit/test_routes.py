@@ -1,0 +1,75 @@
+"""
+Precedence: exact, then the longest wildcard, then the catch-all.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controller.core.routes import Backend, Route, RouteTable
+
+BACKEND = Backend("app", "docker", "198.51.100.2", 443)
+
+
+def table(*hosts: str) -> RouteTable:
+    return RouteTable(1, [Route(host, (BACKEND,)) for host in hosts])
+
+
+def found(routes: RouteTable, name: str) -> str | None:
+    route = routes.find(name)
+    return route.host if route else None
+
+
+@pytest.mark.parametrize(
+    ("name", "host"),
+    [
+        ("a.example.com", "a.example.com"),
+        ("b.example.com", "*.example.com"),
+        ("c.b.a.example.com", "*.a.example.com"),
+        ("c.b.example.com", "*.example.com"),
+        ("example.com", "*"),
+        ("notexample.com", "*"),
+        ("com", "*"),
+    ],
+)
+def test_exact_then_longest_wildcard_then_catch_all(name: str, host: str) -> None:
+    """
+    The most specific pattern wins, at any depth; a wildcard does not stand for its own suffix.
+    """
+    routes = table("*", "*.example.com", "*.a.example.com", "a.example.com")
+
+    assert host == found(routes, name)
+
+
+def test_no_pattern_no_route() -> None:
+    """
+    Without a catch-all an unknown name has no route.
+    """
+    assert None is found(table("*.example.com"), "example.org")
+
+
+def test_routes_come_by_host() -> None:
+    """
+    A table lists its routes in one order.
+    """
+    assert ["*", "a", "b"] == [route.host for route in table("b", "*", "a").routes]
+
+
+_label = st.sampled_from("abc")
+_name = st.lists(_label, min_size=1, max_size=4).map(".".join)
+_host = _name | _name.map("*.{}".format) | st.just("*")
+
+
+@given(st.sets(_host), _name)
+def test_found_is_the_most_specific_of_all_that_match(hosts: set[str], name: str) -> None:
+    """
+    The answer is that of trying every pattern and taking the longest.
+    """
+    matching = [
+        host
+        for host in hosts
+        if host in (name, "*") or (host.startswith("*.") and name.endswith(host[1:]))
+    ]
+    best = max(matching, key=lambda host: (host == name, len(host)), default=None)
+
+    assert best == found(table(*hosts), name)

@@ -1,0 +1,157 @@
+"""
+The control socket's messages: exactly as written, or an error that says where.
+"""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controller.core.routes import Backend, Route
+from controller.core.wire import (
+    MAX_LINE,
+    VERSION,
+    Decoder,
+    WireError,
+    dump_routes,
+    encode,
+    read_hello,
+    read_routes,
+    read_table,
+)
+
+ROUTES = (
+    Route(
+        "*.example.com",
+        (
+            Backend("app", "docker", "198.51.100.2", 443),
+            Backend("b", "file", "2001:db8::1", 8443),
+        ),
+    ),
+    Route("app.example.com", (Backend("app", "docker", "198.51.100.2", 443),)),
+)
+
+
+def table(**changes: Any) -> dict[str, Any]:
+    return {"type": "table", "generation": 7, "routes": dump_routes(ROUTES), **changes}
+
+
+def test_routes_come_back_as_they_went() -> None:
+    """
+    Writing and reading a table changes nothing.
+    """
+    (message,) = Decoder().feed(encode(table()))
+
+    assert (7, ROUTES) == (read_table(message).generation, read_table(message).routes)
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=5), st.data())
+def test_cuts_of_the_stream_do_not_matter(numbers: list[int], data: st.DataObject) -> None:
+    """
+    Messages arrive whole and in order, however the bytes are cut.
+    """
+    messages = [{"type": "x", "n": n, "pad": "y" * (n % 50)} for n in numbers]
+    stream = b"".join(map(encode, messages))
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=8).map(sorted))
+    decoder = Decoder()
+    edges = [0, *cuts, len(stream)]
+
+    got = [m for a, b in pairwise(edges) for m in decoder.feed(stream[a:b])]
+
+    assert messages == got
+
+
+@pytest.mark.parametrize(
+    "line", [b"\n", b"{\n", b"[]\n", b"{}\n", b'{"type":1}\n', b"\xff\n", b'"x"\n']
+)
+def test_line_that_is_no_message_is_refused(line: bytes) -> None:
+    """
+    A line is a JSON object with a type, or an error.
+    """
+    with pytest.raises(WireError):
+        list(Decoder().feed(line))
+
+
+def test_line_without_end_is_refused() -> None:
+    """
+    A peer can not fill memory with a line that never ends.
+    """
+    decoder = Decoder()
+    half = b"x" * (MAX_LINE // 2)
+
+    assert [] == list(decoder.feed(half))
+    assert [] == list(decoder.feed(half))
+    with pytest.raises(WireError, match="longer"):
+        list(decoder.feed(b"x"))
+
+
+def _broken(path: list[Any], value: Any) -> list[Any]:
+    routes = json.loads(json.dumps(dump_routes(ROUTES)))
+    at = routes
+    for step in path[:-1]:
+        at = at[step]
+    at[path[-1]] = value
+    return routes
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where"),
+    [
+        ([0], 5, "routes[0]"),
+        ([1, "host"], "a..b", "routes[1].host"),
+        ([1, "host"], "APP.example.com", "routes[1].host"),
+        ([1, "host"], "*.example.com", "occurs twice"),
+        ([1, "host"], None, "routes[1].host"),
+        ([1, "weight"], 1, "weight"),
+        ([0, "backends"], [], "routes[0].backends"),
+        ([0, "backends"], {}, "routes[0].backends"),
+        ([0, "backends", 1, "address"], "app", "routes[0].backends[1].address"),
+        ([0, "backends", 1, "port"], 0, "routes[0].backends[1].port"),
+        ([0, "backends", 1, "port"], True, "routes[0].backends[1].port"),
+        ([0, "backends", 1, "port"], "443", "routes[0].backends[1].port"),
+        ([0, "backends", 1, "name"], 1, "routes[0].backends[1].name"),
+    ],
+)
+def test_bad_member_is_named(path: list[Any], value: Any, where: str) -> None:
+    """
+    One bad member refuses the whole table, and the error says which.
+    """
+    with pytest.raises(WireError) as refusal:
+        read_routes(_broken(path, value))
+
+    assert where in str(refusal.value)
+
+
+@pytest.mark.parametrize("generation", [0, -1, True, "7", None, 7.0])
+def test_generation_is_a_positive_number(generation: Any) -> None:
+    """
+    A table without a proper generation is refused.
+    """
+    with pytest.raises(WireError, match="generation"):
+        read_table(table(generation=generation))
+
+
+def test_hello_tells_the_table_served() -> None:
+    """
+    The router's hello gives its table; generation 0 stands for none.
+    """
+    hello = {"type": "hello", "version": VERSION, "generation": 0, "routes": []}
+
+    assert (0, ()) == (read_hello(hello).generation, read_hello(hello).routes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": VERSION + 1}, {"type": "ack"}, {"generation": -1}, {"generation": True}, {"x": 1}],
+)
+def test_other_hello_is_refused(changes: dict[str, Any]) -> None:
+    """
+    Another version, or anything that is no hello of ours, is refused.
+    """
+    hello = {"type": "hello", "version": VERSION, "generation": 1, "routes": [], **changes}
+
+    with pytest.raises(WireError, match="hello"):
+        read_hello(hello)
