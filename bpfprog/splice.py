@@ -28,6 +28,9 @@ What loading needs: BPF for program and maps, PERFMON to read tcp_sock (bpf_skc_
 NET_ADMIN for a program on sockets (bpf_prog_load, sock_hash_alloc).  Joining needs none.
 """
 
+STAND_IN: Final = "SYS_ADMIN"
+"""What stands for BPF and PERFMON where an engine is older than those two (bpf_capable)."""
+
 MAX_CONNECTIONS: Final[int] = lib.MAX_CONNECTIONS
 
 
@@ -199,8 +202,7 @@ class Splice:
 
     def addresses(self, direction: int) -> tuple[int, int]:
         """
-        The addresses of a direction's `struct counts` and of its consumed count, for native code
-        that steps through slow mode.
+        Where a direction's `struct counts` and its consumed count lie, for native code.
         """
         return (
             int(ffi.cast("uintptr_t", self._splice.counts + direction)),

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def _root(*, show: Annotated[bool, typer.Option("--version", is_eager=True)] = False) -> None:
+    if show:
+        print(f"sniroute {version('sniroute')}")
+        raise typer.Exit
 
 
 def settings_command(settings: type[CommonSettings]) -> Callable[..., Any]:
@@ -127,6 +135,7 @@ def check(
     routes: Annotated[Path | None, typer.Option(help="A routes file to check.")] = None,
     compose: Annotated[list[Path] | None, typer.Option(help="A compose file to check.")] = None,
     network: Annotated[str | None, typer.Option(help="As for `run`.")] = None,
+    *,
     as_json: Json = False,
 ) -> None:
     """
@@ -141,7 +150,7 @@ def check(
 
 
 @app.command()
-def status(control: ControlPath = None, as_json: Json = False) -> None:
+def status(control: ControlPath = None, *, as_json: Json = False) -> None:
     """
     Show how the router is: table, hand-off, connections, engines, problems.
     """
@@ -166,20 +175,20 @@ def status(control: ControlPath = None, as_json: Json = False) -> None:
     )
     if answer["engines"]:
         print()
-        rows = [
+        engines = [
             (e["name"], "connected" if e["connected"] else "lost", str(e["containers"]), e["url"])
             for e in answer["engines"]
         ]
-        _table([("ENGINE", "EVENTS", "CONTAINERS", "URL"), *rows])
+        _table([("ENGINE", "EVENTS", "CONTAINERS", "URL"), *engines])
     if answer["problems"]:
         print()
         keys = ("severity", "code", "container", "label", "value", "detail")
-        rows = [tuple(str(p[key]) for key in keys) for p in answer["problems"]]
-        _table([tuple(key.upper() for key in keys), *rows])
+        problems = [tuple(str(p[key]) for key in keys) for p in answer["problems"]]
+        _table([tuple(key.upper() for key in keys), *problems])
 
 
 @app.command()
-def routes(control: ControlPath = None, as_json: Json = False) -> None:
+def routes(control: ControlPath = None, *, as_json: Json = False) -> None:
     """
     Show the routing table that the router serves.
     """
@@ -201,7 +210,7 @@ def routes(control: ControlPath = None, as_json: Json = False) -> None:
 
 
 def _ask(question: str, control: Path | None) -> dict[str, Any]:
-    path = CommonSettings(**({"control": control} if control else {})).control
+    path = control or CommonSettings().control
     decoder = wire.Decoder()
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

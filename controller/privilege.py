@@ -7,6 +7,13 @@ from collections.abc import Iterable
 import pyprctl
 
 
+def holds(names: Iterable[str]) -> bool:
+    """
+    Whether the process has all capabilities *names* (without `CAP_`).
+    """
+    return {pyprctl.Cap[name] for name in names} <= pyprctl.CapState.get_current().permitted
+
+
 def drop_to(keep: Iterable[str]) -> frozenset[str]:
     """
     Keep at most the capabilities *keep* (names without `CAP_`), in every set, and never gain more.

@@ -50,7 +50,7 @@ class Child:
         Start it, now.
         """
         self.started = time.monotonic()
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603 - our own modules
             [sys.executable, "-m", self.module],
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,3 @@
+"""
+Decisions, without anything that acts: no clock, no socket, no log, no await.
+"""

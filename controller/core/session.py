@@ -66,6 +66,8 @@ Command = Drain | HalfClose | Close | Abort
 
 _DRAIN = (Drain(Side.CLIENT),), (Drain(Side.BACKEND),)
 _HALF_CLOSE = (HalfClose(Side.CLIENT),), (HalfClose(Side.BACKEND),)
+_BOTH = 0b11
+
 _CLOSE = (Close(),)
 _ABORT = (Abort(),)
 
@@ -103,7 +105,7 @@ class Session:
         if self.over or self._drained & (1 << side) or not self._ended & (1 << side):
             return ()
         self._drained |= 1 << side
-        if self._drained == 0b11:
+        if self._drained == _BOTH:
             self.over = True
             return _CLOSE
         return _HALF_CLOSE[side.other]

@@ -1,0 +1,3 @@
+"""
+The router process: it holds the connections and never the engine's socket.
+"""

@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 from pydantic import ValidationError
 
-from bpfprog import CAPABILITIES, KernelError, Splice
+from bpfprog import CAPABILITIES, STAND_IN, KernelError, Splice
 from controller import log, privilege
 from controller.router._native import lib
 from controller.router.connection import bind_listener
@@ -56,7 +56,8 @@ def main() -> int:
 
 
 def _serve(settings: RouterSettings) -> None:
-    capabilities = privilege.drop_to((*CAPABILITIES, BIND))
+    needed = CAPABILITIES if privilege.holds(CAPABILITIES) else (*CAPABILITIES, STAND_IN)
+    capabilities = privilege.drop_to((*needed, BIND))
     loop = Loop()
     if lib.hello_init():
         raise NotPossible("OpenSSL does not start")

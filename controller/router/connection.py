@@ -45,7 +45,7 @@ _HELLO_RESULTS: Final[dict[int, tuple[str, int]]] = {
     lib.HELLO_EOF: ("client_closed", 0),
     lib.HELLO_RESET: ("client_closed", 0),
     lib.HELLO_NOT_TLS: ("not_tls", 0),
-    lib.HELLO_TOO_LARGE: ("hello_too_large", alert.RECORD_OVERFLOW),
+    lib.HELLO_TOO_LARGE: ("hello_too_large", alert.ILLEGAL_PARAMETER),
 }
 
 

@@ -43,7 +43,8 @@ class Handoff(Protocol):
 
     def take(self, client: int, backend: int, over: "Callable[[Flow], None]") -> "Flow":
         """
-        Take two connected sockets, the hello still unread in the first, and move their bytes;
+        Take two connected sockets, the hello still unread in the first, and move their bytes.
+
         *over* hears of the end, when both sockets are given up and the counts still stand.
 
         Raises:

@@ -238,7 +238,7 @@ def serve(address: str, router: Router, control: Control, version: str) -> Threa
     class Handler(BaseHTTPRequestHandler):
         timeout = CLIENT_PATIENCE
 
-        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+        def do_GET(self) -> None:
             if self.path == "/metrics":
                 self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
             elif self.path == "/healthz":

@@ -36,7 +36,6 @@ class SockmapHandoff:
         self._flows: dict[int, SockmapFlow] = {}
         self._left: list[SockmapFlow] = []
         self._lost_events = 0
-        self.slow_turns = 0
         loop.round_ends.append(self._leave)
         loop.watch(splice.events_fd, select.EPOLLIN, self._on_events)
 
@@ -58,7 +57,7 @@ class SockmapHandoff:
         if not joined:
             self._free.append(number)
             raise Refused("backend_ended")
-        flow = SockmapFlow(self, client, backend, over, number, cookies)
+        flow = SockmapFlow(self, (client, backend), over, number, cookies)
         self._flows[number] = flow
         flow.start()
         return flow
@@ -103,13 +102,12 @@ class SockmapFlow(Flow):
     def __init__(
         self,
         handoff: SockmapHandoff,
-        client: int,
-        backend: int,
+        fds: tuple[int, int],
         over: Callable[[Flow], None],
         number: int,
         cookies: tuple[int, int],
     ) -> None:
-        super().__init__(handoff.loop, client, backend, over)
+        super().__init__(handoff.loop, *fds, over)
         self._handoff = handoff
         self.number = number
         self.cookies = cookies
@@ -164,28 +162,35 @@ class SockmapFlow(Flow):
         session = self.session
         if session.over:
             return
-        timer = self._timers[side]
-        if timer is not None:
-            timer.cancel()
-            self._timers[side] = None
-        counts = self._views[side] or self._view(side)
-        source, destination = self.fds[side], self.fds[side.other]
-        pipe = self._pipes[side]
-        status = lib.MOVE_IDLE
-        if lib.is_slow(counts):
-            if pipe == ffi.NULL:
-                pipe = self._pipes[side] = lib.pipe_new()
-            self._handoff.slow_turns += 1
-            status = lib.slow_pump(pipe, source, destination, counts, TURN)
-        if status == lib.MOVE_IDLE:
-            if not session.waits_to_drain(side):
-                self._relax(side)
-                return
-            if lib.drained(source, destination, counts):
-                self._relax(side)
-                self.run(session.drained(side))
-                return
-            status = lib.MOVE_QUEUED
+        self._cancel_timer(side)
+        status = self._move(side)
+        if status != lib.MOVE_IDLE:
+            self._wait(side, status)
+        elif not session.waits_to_drain(side):
+            self._relax(side)
+        elif lib.drained(self.fds[side], self.fds[side.other], self._view(side)):
+            self._relax(side)
+            self.run(session.drained(side))
+        else:
+            self._wait(side, lib.MOVE_QUEUED)
+
+    def _move(self, side: Side) -> int:
+        """
+        Move what user space has to, and tell why that stopped.
+        """
+        counts = self._view(side)
+        if not lib.is_slow(counts):
+            return int(lib.MOVE_IDLE)
+        if self._pipes[side] == ffi.NULL:
+            self._pipes[side] = lib.pipe_new()
+        fds = self.fds[side], self.fds[side.other]
+        return int(lib.slow_pump(self._pipes[side], *fds, counts, TURN))
+
+    def _wait(self, side: Side, status: int) -> None:
+        """
+        Come back when what stopped the bytes from *side* may be over.
+        """
+        destination = self.fds[side.other]
         if status == lib.MOVE_MORE:
             self.loop.soon(lambda: self.advance(side))
         elif status == lib.MOVE_FULL:
@@ -199,19 +204,27 @@ class SockmapFlow(Flow):
                 delay, lambda: self.loop.rearm(destination, ENDED | select.EPOLLOUT)
             )
         elif status == lib.MOVE_FAILED:
-            self.failed(side, lib.socket_error(source))
+            self.failed(side, lib.socket_error(self.fds[side]))
         else:
             self.failed(side.other, lib.socket_error(destination))
+
+    def _cancel_timer(self, side: Side) -> None:
+        timer = self._timers[side]
+        if timer is not None:
+            timer.cancel()
+            self._timers[side] = None
 
     def _view(self, side: Side) -> Any:
         """
         Where native code finds the counts of *side*; most connections need it at their end only.
         """
-        counts, consumed = self._handoff.splice.addresses(2 * self.number + side)
-        view = self._views[side] = ffi.new(
-            "struct direction_counts *",
-            (ffi.cast("struct counts *", counts), ffi.cast("uint64_t *", consumed)),
-        )
+        view = self._views[side]
+        if view is None:
+            counts, consumed = self._handoff.splice.addresses(2 * self.number + side)
+            view = self._views[side] = ffi.new(
+                "struct direction_counts *",
+                (ffi.cast("struct counts *", counts), ffi.cast("uint64_t *", consumed)),
+            )
         return view
 
     def _relax(self, side: Side) -> None:
@@ -235,7 +248,5 @@ class SockmapFlow(Flow):
         for side in Side:
             lib.pipe_free(self._pipes[side])
             self._pipes[side] = ffi.NULL
-            timer = self._timers[side]
-            if timer is not None:
-                timer.cancel()
+            self._cancel_timer(side)
         self._handoff.leave(self)

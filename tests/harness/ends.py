@@ -11,10 +11,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from harness.loopback import LOOPBACK, Address
 from harness.tools import HarnessError
+
 
 def client_hello(name: str) -> bytes:
     """
@@ -47,7 +48,7 @@ class Backend:
         self._listener.settimeout(PATIENCE)
         self.address: Address = self._listener.getsockname()
 
-    def __enter__(self) -> "Backend":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,7 +110,7 @@ def reset(end: socket.socket) -> None:
 
 def ended_by_reset(end: socket.socket) -> bool:
     """
-    Wait for the end: was it a RST?
+    Wait for the end, and tell whether it was a RST.
     """
     try:
         while end.recv(PIECE):

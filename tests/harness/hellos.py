@@ -410,7 +410,7 @@ def bad() -> list[BadHello]:
         ),
         *(BadHello(label, data, "bad_name", 112) for label, data in named.items()),
         *(BadHello(label, data, "no_sni", 112) for label, data in nameless.items()),
-        *(BadHello(label, data, "hello_too_large", 22) for label, data in large.items()),
+        *(BadHello(label, data, "hello_too_large", 47) for label, data in large.items()),
         BadHello("SSLv2 hello", _sslv2_hello(), "not_tls", None),
         BadHello("half a hello, then silence", good_hello[:middle], "hello_timeout", 40),
         BadHello("half a hello, then FIN", good_hello[:middle], "client_closed", 50, ends=True),

@@ -36,7 +36,10 @@ def trixie(*packages: str) -> Path:
 def import_root(api: docker.DockerClient, root: Path, name: str) -> None:
     """
     Make the image *name* of a root file system, without a registry.
+
+    It trusts the certificate authorities that the administrator of this machine added to it.
     """
+    ours = ("-C", "/", "usr/local/share/ca-certificates")
     with tempfile.NamedTemporaryFile(suffix=".tar") as tar:
-        run("tar", "-C", root, "-cf", tar.name, ".", timeout=300)
+        run("tar", "-cf", tar.name, "-C", root, ".", *ours, timeout=300)
         api.api.import_image_from_file(tar.name, repository=name)

@@ -53,12 +53,18 @@ class TransferPromises:
     @pytest.fixture(scope="class")
     @classmethod
     def backend(cls) -> Iterator[Backend]:
+        """
+        Listen for the class's connections.
+        """
         with Backend() as backend:
             yield backend
 
     @pytest.fixture(scope="class")
     @classmethod
     def product(cls, backend: Backend) -> Iterator[Product]:
+        """
+        Run the product for the class.
+        """
         with router(cls.handoff, {NAME: backend.address}, "--no-access-log") as product:
             yield product
 
@@ -73,7 +79,7 @@ class TransferPromises:
         wait_for("no descriptor left", lambda: descriptors(product) <= before)
         assert self.left_in_kernel(product) == 0
 
-    def left_in_kernel(self, product: Product) -> int:
+    def left_in_kernel(self, _: Product) -> int:
         """
         Count what the hand-off left in the kernel.
         """
@@ -95,8 +101,7 @@ class TransferPromises:
         self, source: Side, product: Product, backend: Backend
     ) -> None:
         """
-        While one end blasts and the other reads nothing, the machine's memory stays bounded; then
-        every byte arrives.
+        One end blasts and the other reads nothing: memory stays bounded, and all arrives later.
         """
         with connection(product.listen, backend) as ends:
             before = available_memory()
@@ -291,7 +296,7 @@ def cpu_share(product: Product) -> float:
 
 def stands_still(count: Callable[[], int]) -> bool:
     """
-    Watch *count* for half a second: does it stay what it is?
+    Watch *count* for half a second, and tell whether it stays what it is.
     """
     before = count()
     time.sleep(0.5)
@@ -309,5 +314,3 @@ def send_more(sender: list) -> int:
     except BlockingIOError:
         sender[1] += took
     return took
-
-

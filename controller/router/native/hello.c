@@ -63,6 +63,10 @@ int hello_init(void)
 	if (!hello_ctx || hello_index < 0)
 		return -1;
 	SSL_CTX_set_client_hello_cb(hello_ctx, on_hello, NULL);
+	/* OpenSSL 3 hands out only extensions that it has heard of; 4 knows ECH, and refuses this
+	 */
+	SSL_CTX_add_custom_ext(hello_ctx, extension_types[EXT_ECH], SSL_EXT_CLIENT_HELLO, NULL,
+			       NULL, NULL, NULL, NULL);
 	/* whether a version is too old is the backend's business */
 	SSL_CTX_set_min_proto_version(hello_ctx, 0);
 	SSL_CTX_set_security_level(hello_ctx, 0);

@@ -1,0 +1,121 @@
+"""
+The image, built from the Dockerfile and run as compose.example.yaml runs it.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+from harness import fetch
+from harness.apps import RunApp
+from harness.engines import DOCKER, Daemon, Engine
+from harness.product import CAPABILITIES
+from harness.roots import import_root, trixie
+from harness.tools import REPOSITORY, HarnessError, wait_for
+
+IMAGE = "sniroute"
+BASE = "sniroute-test-base"
+
+HOST = "one.example.test"
+
+WITHOUT_CAP_BPF = {"docker-20": ("sys_admin", "net_admin", "net_bind_service")}
+"""Engines older than CAP_BPF and CAP_PERFMON, and what covers those there."""
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    Build the image once, on a base image of a trixie root, and save it.
+    """
+    path = tmp_path_factory.mktemp("image") / "image.tar"
+    with Daemon(DOCKER) as daemon, daemon.host.uplink(), _client(daemon, timeout=300) as api:
+        import_root(api, trixie(), BASE)
+        try:
+            image, _ = api.images.build(
+                path='/tmp/ctx', tag=IMAGE, buildargs={"BASE": BASE}, network_mode="host"
+            )
+        except docker.errors.BuildError as err:
+            err.add_note("".join(line.get("stream", "") for line in err.build_log)[-5000:])
+            raise
+        with path.open("wb") as file:
+            file.writelines(image.save(named=True))
+    return path
+
+
+def _client(daemon: Daemon, timeout: float) -> contextlib.closing[docker.DockerClient]:
+    return contextlib.closing(docker.DockerClient(daemon.url, version="auto", timeout=timeout))
+
+
+@pytest.fixture
+def container(daemon: Daemon, engine: Engine, archive: Path) -> Iterator[Any]:
+    """
+    Run the image on the host network, with nothing but what it documents.
+    """
+    with _client(daemon, timeout=120) as api, archive.open("rb") as file:
+        [image] = api.images.load(file)
+    address, port = engine.front
+    container = engine.api.containers.run(
+        image.id,
+        ["run", "--listen", f"{address}:{port}", "--metrics", f"{address}:9443"],
+        detach=True,
+        name="sniroute",
+        network_mode="host",
+        cap_drop=["ALL"],
+        cap_add=[name.upper() for name in WITHOUT_CAP_BPF.get(daemon.kind.name, CAPABILITIES)],
+        security_opt=["no-new-privileges:true"],
+        read_only=True,
+        tmpfs={"/run/sniroute": "mode=0755"},
+        volumes={str(daemon.socket): {"bind": "/run/docker.sock", "mode": "ro"}},
+        **engine.run_options,
+    )
+    try:
+        yield container
+    except BaseException as err:
+        err.add_note(container.logs().decode()[-5000:])
+        raise
+    finally:
+        container.remove(force=True)
+        engine.api.images.remove(image.id, force=True)
+
+
+def status(container: Any) -> dict[str, Any]:
+    """
+    Ask the router in *container* how it is.
+
+    Raises:
+        HarnessError: It does not answer.
+    """
+    code, output = container.exec_run(["sniroute", "status", "--json"])
+    if code:
+        raise HarnessError(output.decode())
+    return json.loads(output)
+
+
+def test_the_image_routes_with_only_the_documented_privileges(
+    engine: Engine, run_app: RunApp, container: Any
+) -> None:
+    """
+    In the image, with a read-only root and four capabilities, bytes go through the kernel.
+
+    Asked to stop it ends well, in no time when no connection is left.
+    """
+    app = run_app("one", {"sniroute.host": HOST})
+
+    def page() -> fetch.Answer | None:
+        with contextlib.suppress(fetch.RefusedError):
+            return fetch.fetch(engine.client, engine.front, HOST, app.root)
+        return None
+
+    answer = wait_for("a page through the image", page)
+
+    assert fetch.Answer("one", HOST, "HTTP/1.1", app.address) == answer
+    assert "sockmap" == status(container)["handoff"]["chosen"]
+
+    container.stop(timeout=40)
+    container.reload()
+
+    assert 0 == container.attrs["State"]["ExitCode"]
