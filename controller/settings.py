@@ -8,12 +8,15 @@ A setting is one field.  The command line (`--hello-timeout`), the environment
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-Seconds = Annotated[float, Field(gt=0)]
+LONGEST = 1_000_000
+"""Seconds that anything may take, 11 days: epoll counts a wait in 2^31 milliseconds."""
+
+Seconds = Annotated[float, Field(gt=0, le=LONGEST)]
 
 ENGINE_AUTO = "auto"
 ENGINE_NONE = "none"
@@ -35,9 +38,8 @@ def _control_path() -> Path:
 
 
 def _comma_list(value: Any) -> Any:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
+    texts = [value] if isinstance(value, str) else value
+    return tuple(part.strip() for part in ",".join(texts).split(",") if part.strip())
 
 
 class CommonSettings(BaseSettings):
@@ -51,7 +53,9 @@ class CommonSettings(BaseSettings):
         default_factory=_control_path,
         description="The control socket: the router listens on it, the controller connects.",
     )
-    log_level: str = Field("info", description="debug, info, warning or error.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error."
+    )
 
     def environment(self) -> dict[str, str]:
         """
@@ -72,6 +76,7 @@ class ControllerSettings(CommonSettings):
 
     engine: Annotated[tuple[str, ...], NoDecode] = Field(
         (ENGINE_AUTO,),
+        min_length=1,
         description="URLs of engine sockets (unix:///run/docker.sock), comma separated or "
         "repeated; `auto` takes every Docker and Podman socket in the usual places, "
         "`none` no engine.",
@@ -99,6 +104,7 @@ class RouterSettings(CommonSettings):
 
     listen: Annotated[tuple[str, ...], NoDecode] = Field(
         (":443",),
+        min_length=1,
         description="Addresses to accept TLS on: ADDR:PORT, [ADDR]:PORT, or :PORT for every "
         "IPv4 and IPv6 address; comma separated or repeated.",
     )
@@ -128,7 +134,7 @@ class RouterSettings(CommonSettings):
         5, description="Seconds a backend has to accept a connection before the next is tried."
     )
     drain: float = Field(
-        30, ge=0, description="Seconds that connections have to finish after SIGTERM."
+        30, ge=0, le=LONGEST, description="Seconds that connections have to finish after SIGTERM."
     )
     backlog_limit: ByteSize = Field(
         ByteSize(1024 * 1024),

@@ -52,6 +52,12 @@ class Handoff(Protocol):
         """
 
 
+def _forgotten(_: "Flow") -> None:
+    """
+    Stand in for a listener that has heard of the end: it and the flow no longer hold each other.
+    """
+
+
 class Flow:
     """
     One connection under way.
@@ -98,7 +104,8 @@ class Flow:
                 reset = isinstance(command, Abort)
                 for fd in self.fds:
                     self.loop.close(fd, reset=reset)
-                self._over(self)
+                over, self._over = self._over, _forgotten
+                over(self)
                 self.release()
             else:
                 self.drain(command.side)
@@ -107,8 +114,9 @@ class Flow:
         """
         Take note that the socket of *side* met *error*, an errno.
         """
-        word = "rst" if error in (errno.ECONNRESET, errno.EPIPE, 0) else errno.errorcode[error]
-        self.run(self.session.failed(f"{side.name.lower()}_{word.lower()}"))
+        reset = error in (errno.ECONNRESET, errno.EPIPE, 0)
+        word = "rst" if reset else errno.errorcode.get(error, str(error)).lower()
+        self.run(self.session.failed(f"{side.name.lower()}_{word}"))
 
     def cut(self, reason: str) -> None:
         """

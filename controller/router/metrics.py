@@ -22,6 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from controller.core.session import Side
+from controller.log import dropped_lines
 from controller.router.control import Control
 from controller.router.router import Router
 
@@ -82,6 +83,11 @@ class RouterCollector(Collector):
             "Tables pushed by a controller.",
             ["result"],
             router.stats.table_updates,
+        )
+        yield CounterMetricFamily(
+            "sniroute_log_lines_dropped",
+            "Lines of the log that found its queue full, since nobody read it.",
+            value=dropped_lines(),
         )
 
     def _about_connections(self) -> Iterator[Metric]:
