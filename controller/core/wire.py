@@ -73,7 +73,7 @@ class Decoder:
 def _read_message(line: bytes) -> Message:
     try:
         message = json.loads(line)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise WireError(f"not JSON: {err}") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise WireError("not a JSON object with a type")

@@ -64,6 +64,13 @@ class Hello:
     seconds: float = 0.0
 
 
+def _endpoint(native: Any) -> tuple[bytes, int]:
+    """
+    Read a `struct endpoint`: the packed address, and the port.
+    """
+    return ffi.buffer(native.address, native.size)[:], native.port
+
+
 @lru_cache(4096)
 def socket_address(address: str, port: int) -> Any:
     """
@@ -106,7 +113,7 @@ class Connection:
     def __init__(self, router: "Router", fd: int, arrival: Any, began: float) -> None:
         self._router = router
         self.fd = fd
-        self._peer = bytes(arrival.address[0 : arrival.address_size]), arrival.port
+        self._peer = _endpoint(arrival.peer)
         self._hello_reader = arrival.hello
         self._timer: Timer | None = None
         self._connecting = -1
@@ -216,7 +223,12 @@ class Connection:
             self.backend = self._tries.pop()
             address, size = socket_address(self.backend.address, self.backend.port)
             fd = lib.dial(
-                address, size, settings.receive_buffer, KEEPALIVE_IDLE, router.loop.epoll_fd
+                address,
+                size,
+                ffi.NULL,
+                settings.receive_buffer,
+                KEEPALIVE_IDLE,
+                router.loop.epoll_fd,
             )
             if fd >= 0:
                 self._connecting = fd

@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -173,15 +174,15 @@ class Peer:
         self._socket = connection
         self._loop = loop
         self._decoder = wire.Decoder()
+        self._messages: Iterator[wire.Message] = iter(())
         self._out = bytearray()
         loop.watch(connection.fileno(), select.EPOLLIN, self._on)
 
     def _on(self, events: int) -> None:
         try:
-            if events & select.EPOLLOUT:
-                self._flush()
             if events & ~select.EPOLLOUT:
                 self._read()
+            self._answer()
         except (OSError, EOFError):
             self.close()
         except wire.WireError as err:
@@ -192,22 +193,29 @@ class Peer:
         data = self._socket.recv(READ_SIZE)
         if not data:
             raise EOFError
-        for message in self._decoder.feed(data):
+        self._messages = self._decoder.feed(data)
+
+    def _answer(self) -> None:
+        """
+        Answer what was asked, one after the other.
+
+        A peer that does not read an answer has its next question wait, read or not: else a few
+        bytes of questions would make any number of tables to keep.
+        """
+        self._flush()
+        while not self._out and (message := next(self._messages, None)) is not None:
             answer = self._control.answer(self, message)
             if answer is not None:
                 self._out += wire.encode(answer)
-        self._flush()
+                self._flush()
+        self._loop.rearm(self._socket.fileno(), select.EPOLLOUT if self._out else select.EPOLLIN)
 
     def _flush(self) -> None:
-        while self._out:
-            try:
-                sent = self._socket.send(self._out)
-            except BlockingIOError:
-                break
-            del self._out[:sent]
-        # a peer that does not read its answers is not read either: its next question waits
-        wanted = select.EPOLLOUT if self._out else select.EPOLLIN
-        self._loop.rearm(self._socket.fileno(), wanted)
+        try:
+            while self._out:
+                del self._out[: self._socket.send(self._out)]
+        except BlockingIOError:
+            pass
 
     def close(self) -> None:
         """
@@ -222,10 +230,11 @@ def _listen(path: Path) -> socket.socket:
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         # a name that a killed router left behind; one that still listens keeps it
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if path.exists() and probe.connect_ex(str(path)) == 0:
-                raise OSError(None, "another router listens here")  # noqa: TRY301
-        path.unlink(missing_ok=True)
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    raise OSError(None, "another router listens here")  # noqa: TRY301
+            path.unlink()
         old = os.umask(0o117)
         try:
             listener.bind(str(path))

@@ -9,6 +9,7 @@ by raising `Refused`, and leaves both sockets as they were, or says what it has 
 import errno
 import select
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
 from controller.core.session import Abort, Close, Command, HalfClose, Session, Side
@@ -28,6 +29,26 @@ LAST_RETRY: Final = 0.016
 """Seconds that looks are apart at most, after doubling."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prelude:
+    """
+    What has passed between two sockets before a hand-off takes them.
+
+    *taken* bytes were read from the client and *given* written to the backend, *moved* of these
+    from the client; *pending* comes next, before anything else.  Not *drained* means that the
+    client's receive queue may begin with a segment that was read in part.
+    """
+
+    taken: int = 0
+    given: int = 0
+    moved: int = 0
+    pending: bytes = b""
+    drained: bool = True
+
+
+UNTOUCHED: Final = Prelude()
+
+
 class Refused(Exception):  # noqa: N818 - a refusal is no error: the next hand-off takes it
     """
     A hand-off does not take this connection; the message is the reason, a word.
@@ -41,7 +62,13 @@ class Handoff(Protocol):
 
     name: str
 
-    def take(self, client: int, backend: int, over: "Callable[[Flow], None]") -> "Flow":
+    def take(
+        self,
+        client: int,
+        backend: int,
+        over: "Callable[[Flow], None]",
+        prelude: Prelude = UNTOUCHED,
+    ) -> "Flow":
         """
         Take two connected sockets, the hello still unread in the first, and move their bytes.
 
@@ -67,11 +94,9 @@ class Flow:
 
     __slots__ = ("_over", "fds", "loop", "session")
 
-    def __init__(
-        self, loop: Loop, client: int, backend: int, over: "Callable[[Flow], None]"
-    ) -> None:
+    def __init__(self, loop: Loop, fds: tuple[int, int], over: "Callable[[Flow], None]") -> None:
         self.loop = loop
-        self.fds = (client, backend)
+        self.fds = fds
         self.session = Session()
         self._over = over
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from controller.core.session import Side
 from controller.router._native import ffi, lib
-from controller.router.flow import Flow
+from controller.router.flow import UNTOUCHED, Flow, Prelude
 from controller.router.loop import Loop
 
 MOVES: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
@@ -31,11 +31,17 @@ class RelayHandoff:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
-    def take(self, client: int, backend: int, over: Callable[[Flow], None]) -> Flow:
+    def take(
+        self,
+        client: int,
+        backend: int,
+        over: Callable[[Flow], None],
+        prelude: Prelude = UNTOUCHED,
+    ) -> Flow:
         """
         Move the bytes of the two sockets.
         """
-        flow = RelayFlow(self._loop, client, backend, over)
+        flow = RelayFlow(self._loop, (client, backend), over, prelude)
         flow.start()
         return flow
 
@@ -47,13 +53,16 @@ class RelayFlow(Flow):
 
     handoff = "relay"
 
-    __slots__ = ("_moved", "_pipes", "_waiting")
+    __slots__ = ("_moved", "_pipes")
 
-    def __init__(self, loop: Loop, client: int, backend: int, over: Callable[[Flow], None]) -> None:
-        super().__init__(loop, client, backend, over)
+    def __init__(
+        self, loop: Loop, fds: tuple[int, int], over: Callable[[Flow], None], prelude: Prelude
+    ) -> None:
+        super().__init__(loop, fds, over)
         self._pipes = [lib.pipe_new(), lib.pipe_new()]
-        self._moved = ffi.new("uint64_t[2]")
-        self._waiting = [False, False]
+        self._moved = ffi.new("uint64_t[2]", [prelude.moved, 0])
+        if prelude.pending:
+            lib.pipe_fill(self._pipes[Side.CLIENT], prelude.pending, len(prelude.pending))
 
     def start(self) -> None:
         """

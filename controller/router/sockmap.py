@@ -14,7 +14,15 @@ from typing import Any, Final
 from bpfprog import MAX_CONNECTIONS, Splice
 from controller.core.session import Side
 from controller.router._native import ffi, lib
-from controller.router.flow import ENDED, FIRST_RETRY, LAST_RETRY, Flow, Refused
+from controller.router.flow import (
+    ENDED,
+    FIRST_RETRY,
+    LAST_RETRY,
+    UNTOUCHED,
+    Flow,
+    Prelude,
+    Refused,
+)
 from controller.router.loop import Loop, Timer
 
 TURN: Final = 4 * 1024 * 1024
@@ -39,7 +47,13 @@ class SockmapHandoff:
         loop.round_ends.append(self._leave)
         loop.watch(splice.events_fd, select.EPOLLIN, self._on_events)
 
-    def take(self, client: int, backend: int, over: Callable[[Flow], None]) -> Flow:
+    def take(
+        self,
+        client: int,
+        backend: int,
+        over: Callable[[Flow], None],
+        prelude: Prelude = UNTOUCHED,
+    ) -> Flow:
         """
         Join the two sockets.
 
@@ -48,6 +62,9 @@ class SockmapHandoff:
         """
         if not self._free:
             raise Refused("full")
+        # BPF would forward the whole of a segment that was read in part
+        if prelude.pending or not prelude.drained:
+            raise Refused("not_drained")
         number = self._free.pop()
         try:
             joined, cookies = self.splice.join(client, backend, number, self._limit)
@@ -57,7 +74,7 @@ class SockmapHandoff:
         if not joined:
             self._free.append(number)
             raise Refused("backend_ended")
-        flow = SockmapFlow(self, (client, backend), over, number, cookies)
+        flow = SockmapFlow(self, (client, backend), over, (number, cookies), prelude)
         self._flows[number] = flow
         flow.start()
         return flow
@@ -97,20 +114,29 @@ class SockmapFlow(Flow):
 
     handoff = "sockmap"
 
-    __slots__ = ("_handoff", "_pipes", "_retry", "_timers", "_views", "cookies", "number")
+    __slots__ = (
+        "_handoff",
+        "_pipes",
+        "_prelude",
+        "_retry",
+        "_timers",
+        "_views",
+        "cookies",
+        "number",
+    )
 
     def __init__(
         self,
         handoff: SockmapHandoff,
         fds: tuple[int, int],
         over: Callable[[Flow], None],
-        number: int,
-        cookies: tuple[int, int],
+        joined: tuple[int, tuple[int, int]],
+        prelude: Prelude,
     ) -> None:
-        super().__init__(handoff.loop, *fds, over)
+        super().__init__(handoff.loop, fds, over)
         self._handoff = handoff
-        self.number = number
-        self.cookies = cookies
+        self.number, self.cookies = joined
+        self._prelude = prelude
         self._views: list[Any] = [None, None]
         self._pipes = [ffi.NULL, ffi.NULL]
         self._timers: list[Timer | None] = [None, None]
@@ -221,9 +247,10 @@ class SockmapFlow(Flow):
         view = self._views[side]
         if view is None:
             counts, consumed = self._handoff.splice.addresses(2 * self.number + side)
+            before = (self._prelude.taken, self._prelude.given) if side == Side.CLIENT else (0, 0)
             view = self._views[side] = ffi.new(
                 "struct direction_counts *",
-                (ffi.cast("struct counts *", counts), ffi.cast("uint64_t *", consumed)),
+                (ffi.cast("struct counts *", counts), ffi.cast("uint64_t *", consumed), *before),
             )
         return view
 
@@ -239,7 +266,7 @@ class SockmapFlow(Flow):
         Count what came from *side* and was moved on, by the kernel or by us.
         """
         redirected, _, consumed = self._handoff.splice.counts(2 * self.number + side)
-        return redirected + consumed
+        return redirected + consumed + (self._prelude.moved if side == Side.CLIENT else 0)
 
     def release(self) -> None:
         """

@@ -11,6 +11,7 @@ enum { RECORD_HEADER = 5 }; /* RFC 8446, section 5.1: type, version, length */
 
 struct hello {
 	SSL *ssl;
+	size_t skip; /* bytes before the hello: a PROXY header */
 	size_t seen; /* bytes fed so far */
 	size_t record; /* where the last record begins that we know of */
 	unsigned int peeks;
@@ -21,7 +22,7 @@ static SSL_CTX *hello_ctx;
 static int hello_index;
 
 /* for the one thread that reads hellos: what it peeked, and the bodies it found */
-static unsigned char peeked[HELLO_MAX + 1];
+static unsigned char peeked[PEEK_MAX];
 static unsigned char bodies[HELLO_MAX + 1];
 static struct extension found[N_EXTENSIONS];
 
@@ -73,13 +74,15 @@ int hello_init(void)
 	return 0;
 }
 
-static struct hello *hello_new(void)
+/* Begin a hello that comes after *skip* other bytes. */
+struct hello *hello_new(size_t skip)
 {
 	struct hello *hello = calloc(1, sizeof(*hello));
 	BIO *in, *out;
 
 	if (!hello)
 		return NULL;
+	hello->skip = skip;
 	hello->ssl = SSL_new(hello_ctx);
 	in = BIO_new(BIO_s_mem());
 	out = BIO_new(BIO_s_mem());
@@ -110,7 +113,7 @@ void hello_free(struct hello *hello)
 static size_t hello_need(struct hello *hello, size_t size)
 {
 	while (size >= hello->record + RECORD_HEADER) {
-		const unsigned char *header = peeked + hello->record;
+		const unsigned char *header = peeked + hello->skip + hello->record;
 		size_t end = hello->record + RECORD_HEADER + (header[3] << 8 | header[4]);
 
 		if (end > size)
@@ -133,13 +136,14 @@ static int hello_alert(struct hello *hello)
 static enum hello_status hello_read(struct hello *hello, size_t size, size_t limit,
 				    struct reading *reading)
 {
+	const unsigned char *data = peeked + hello->skip;
 	int error;
 
 	/* content types 20 to 23 of major version 3, or this never was TLS */
-	if (peeked[0] < 20 || peeked[0] > 23 || (size > 1 && peeked[1] != 3))
+	if (data[0] < 20 || data[0] > 23 || (size > 1 && data[1] != 3))
 		return HELLO_NOT_TLS;
 	if (size > hello->seen) {
-		BIO_write(SSL_get_rbio(hello->ssl), peeked + hello->seen, size - hello->seen);
+		BIO_write(SSL_get_rbio(hello->ssl), data + hello->seen, size - hello->seen);
 		hello->seen = size;
 	}
 	ERR_clear_error();
@@ -161,32 +165,54 @@ static enum hello_status hello_read(struct hello *hello, size_t size, size_t lim
 	return HELLO_MORE;
 }
 
-/* Look at what *fd* has received, without taking it.  When there is too little, the socket
- * does not become readable before there is what *need* says, or the end.
+/* Look at what *fd* has received, without taking it.
+ *
+ * Returns how much that is, 0 at the end, -errno.
+ */
+static ssize_t look(int fd, size_t size)
+{
+	ssize_t got = recv(fd, peeked, size, MSG_PEEK);
+
+	return got < 0 ? -errno : got;
+}
+
+/* The socket does not become readable before it has *need* bytes, or has ended. */
+void wait_for_bytes(int fd, int need)
+{
+	setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &need, sizeof(need));
+}
+
+/* Look at the hello in what *fd* has received.  When there is too little, the socket waits for
+ * what *need* says.
  */
 void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading)
 {
-	ssize_t size = recv(fd, peeked, limit + 1, MSG_PEEK);
+	ssize_t size = look(fd, hello->skip + limit + 1);
 
 	memset(reading, 0, sizeof(*reading));
-	hello->peeks++;
-	if (size < 0 && errno == EAGAIN) {
-		/* not one byte yet, or none beyond those that asked for more */
+	reading->peeks = ++hello->peeks;
+	reading->size = hello->seen;
+	if (size == -EAGAIN || (size > 0 && (size_t)size <= hello->skip)) {
+		reading->need = RECORD_HEADER;
 		reading->status = HELLO_MORE;
-		reading->size = hello->seen;
 	} else if (size < 0) {
 		reading->status = HELLO_RESET;
-		reading->size = hello->seen;
 	} else if (size == 0) {
 		reading->status = HELLO_EOF;
 	} else {
-		reading->size = size;
-		reading->status = hello_read(hello, size, limit, reading);
-		if (reading->status == HELLO_MORE) {
-			int need = reading->need;
-
-			setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &need, sizeof(need));
-		}
+		reading->size = size - hello->skip;
+		reading->status = hello_read(hello, reading->size, limit, reading);
 	}
-	reading->peeks = hello->peeks;
+	if (reading->status == HELLO_MORE)
+		wait_for_bytes(fd, hello->skip + reading->need);
+}
+
+/* What *fd* has received, up to *size* bytes of it, for someone else to read.
+ *
+ * Returns as look().
+ */
+int peek_bytes(int fd, const unsigned char **data, size_t size)
+{
+	*data = peeked;
+	return look(fd, size < PEEK_MAX ? size : PEEK_MAX);
 }

@@ -2,6 +2,7 @@
 
 enum {
 	HELLO_MAX = 262144, /* the most that a hello limit can be set to */
+	PEEK_MAX = 270336, /* that, and a PROXY header before it */
 };
 
 enum hello_status {
@@ -32,22 +33,35 @@ struct reading {
 	struct extension extensions[4];
 };
 
-struct arrival {
+/* an IPv4 or IPv6 address in network order, with a port */
+struct endpoint {
 	unsigned char address[16];
-	unsigned int address_size;
+	unsigned int size;
 	unsigned int port;
+};
+
+struct arrival {
+	struct endpoint peer;
 	struct hello *hello; /* HELLO_MORE: to peek again with, and to free */
 	struct reading reading;
 };
 
 int hello_init(void);
+struct hello *hello_new(size_t skip);
 void hello_free(struct hello *hello);
 void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading);
 
+void wait_for_bytes(int fd, int need);
+int peek_bytes(int fd, const unsigned char **data, size_t size);
+int take_bytes(int fd, void *data, size_t size);
+int send_bytes(int fd, const void *data, size_t size);
+
 int accept_client(int listener, size_t limit, struct arrival *arrival);
+int local_endpoint(int fd, struct endpoint *local);
 int discard(int fd, size_t budget);
 int refuse(int fd, const void *alert, size_t size, size_t budget);
-int dial(const void *address, int size, int receive_buffer, int keepalive_idle, int epoll);
+int dial(const void *to, int size, const void *client, int receive_buffer, int keepalive_idle,
+	 int epoll);
 int socket_options(int fd, int receive_buffer, int keepalive_idle);
 int socket_error(int fd);
 void kick(int fd);
@@ -68,6 +82,7 @@ enum move {
 };
 
 struct pipe *pipe_new(void);
+bool pipe_fill(struct pipe *pipe, const void *data, size_t size);
 void pipe_free(struct pipe *pipe);
 enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_t *moved);
 
@@ -75,6 +90,8 @@ enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_
 struct direction_counts {
 	const struct counts *counts;
 	uint64_t *consumed;
+	uint64_t taken; /* bytes taken from the source before the join */
+	uint64_t given; /* bytes written to the destination before the join */
 };
 
 bool is_slow(const struct direction_counts *of);

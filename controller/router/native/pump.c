@@ -25,6 +25,18 @@ void pipe_free(struct pipe *pipe)
 	free(pipe);
 }
 
+/* Put *data* into an empty pipe; false when there is no memory for it. */
+bool pipe_fill(struct pipe *pipe, const void *data, size_t size)
+{
+	pipe->pending = malloc(size);
+	if (!pipe->pending)
+		return false;
+	memcpy(pipe->pending, data, size);
+	pipe->start = 0;
+	pipe->size = size;
+	return true;
+}
+
 /* Write what is pending.
  *
  * Returns how much went, and in *status* MOVE_IDLE when nothing is left.
@@ -76,15 +88,7 @@ static size_t pipe_step(struct pipe *pipe, int from, int to, enum move *status)
 		sent = 0;
 	*status = MOVE_MORE;
 	if (sent < size) {
-		*status = MOVE_FULL;
-		pipe->pending = malloc(size - sent);
-		if (!pipe->pending) {
-			*status = MOVE_BROKEN;
-			return sent;
-		}
-		memcpy(pipe->pending, chunk + sent, size - sent);
-		pipe->start = 0;
-		pipe->size = size - sent;
+		*status = pipe_fill(pipe, chunk + sent, size - sent) ? MOVE_FULL : MOVE_BROKEN;
 	}
 	return sent;
 }
@@ -127,7 +131,8 @@ static bool backlog_empty(int to, const struct direction_counts *of)
 {
 	struct tcp_info info;
 
-	return !read_info(to, &info) && written(&info) == of->counts->redirected + *of->consumed;
+	return !read_info(to, &info) &&
+	       written(&info) == of->given + of->counts->redirected + *of->consumed;
 }
 
 bool is_slow(const struct direction_counts *of)
@@ -179,6 +184,7 @@ bool drained(int from, int to, const struct direction_counts *of)
 
 	if (read_info(from, &info))
 		return false;
-	return info.tcpi_bytes_received == of->counts->redirected + of->counts->passed + 1 &&
+	return info.tcpi_bytes_received ==
+		       of->taken + of->counts->redirected + of->counts->passed + 1 &&
 	       !is_slow(of) && backlog_empty(to, of);
 }

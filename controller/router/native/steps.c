@@ -5,6 +5,37 @@ static const int on = 1;
 
 /* --- the client's side: accept, peek, refuse --- */
 
+/* an IPv4-mapped address is the IPv4 address that it stands for */
+static void read_endpoint(const struct sockaddr_storage *from, struct endpoint *to)
+{
+	if (from->ss_family == AF_INET) {
+		const struct sockaddr_in *in = (const struct sockaddr_in *)from;
+
+		to->port = ntohs(in->sin_port);
+		to->size = sizeof(in->sin_addr);
+		memcpy(to->address, &in->sin_addr, to->size);
+	} else {
+		const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)from;
+		size_t skip = IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr) ? 12 : 0;
+
+		to->port = ntohs(in6->sin6_port);
+		to->size = sizeof(in6->sin6_addr) - skip;
+		memcpy(to->address, in6->sin6_addr.s6_addr + skip, to->size);
+	}
+}
+
+/* The address that a client connected to; 0 or -errno. */
+int local_endpoint(int fd, struct endpoint *local)
+{
+	struct sockaddr_storage address;
+	socklen_t size = sizeof(address);
+
+	if (getsockname(fd, (struct sockaddr *)&address, &size))
+		return -errno;
+	read_endpoint(&address, local);
+	return 0;
+}
+
 /* Accept one client and look at its hello.  What is not complete yet leaves a hello to go on
  * with in *arrival*.
  *
@@ -18,21 +49,8 @@ int accept_client(int listener, size_t limit, struct arrival *arrival)
 
 	if (fd < 0)
 		return -errno;
-	if (peer.ss_family == AF_INET) {
-		const struct sockaddr_in *in = (const struct sockaddr_in *)&peer;
-
-		arrival->port = ntohs(in->sin_port);
-		arrival->address_size = sizeof(in->sin_addr);
-		memcpy(arrival->address, &in->sin_addr, sizeof(in->sin_addr));
-	} else {
-		const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)&peer;
-		size_t skip = IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr) ? 12 : 0;
-
-		arrival->port = ntohs(in6->sin6_port);
-		arrival->address_size = sizeof(in6->sin6_addr) - skip;
-		memcpy(arrival->address, in6->sin6_addr.s6_addr + skip, arrival->address_size);
-	}
-	arrival->hello = hello_new();
+	read_endpoint(&peer, &arrival->peer);
+	arrival->hello = hello_new(0);
 	if (!arrival->hello) {
 		close(fd);
 		return -ENOMEM;
@@ -98,13 +116,39 @@ int socket_options(int fd, int receive_buffer, int keepalive_idle)
 	return 0;
 }
 
-/* Begin to connect; *epoll* tells of the outcome as EPOLLOUT, EPOLLERR or EPOLLHUP.
- *
- * Returns the descriptor or -errno.
+/* Bind to a client's address, which is none of ours (IP_TRANSPARENT), and to its port where that
+ * is free: with SO_REUSEADDR one in TIME_WAIT is.  Otherwise the port is chosen at connect, when
+ * all of the connection's address is known.
  */
-int dial(const void *address, int size, int receive_buffer, int keepalive_idle, int epoll)
+static int bind_as_client(int fd, const struct sockaddr *client, int size, bool own_port)
 {
-	const struct sockaddr *to = address;
+	struct sockaddr_storage any_port;
+	int err;
+
+	if (client->sa_family == AF_INET)
+		err = setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &on, sizeof(on));
+	else
+		err = setsockopt(fd, IPPROTO_IPV6, IPV6_TRANSPARENT, &on, sizeof(on));
+	if (err)
+		return -errno;
+	if (own_port) {
+		if (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) ||
+		    bind(fd, client, size))
+			return -errno;
+		return 0;
+	}
+	memcpy(&any_port, client, size);
+	/* the port lies at the same place in both kinds of address */
+	((struct sockaddr_in *)&any_port)->sin_port = 0;
+	if (setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof(on)) ||
+	    bind(fd, (struct sockaddr *)&any_port, size))
+		return -errno;
+	return 0;
+}
+
+static int dial_once(const struct sockaddr *to, int size, const struct sockaddr *client,
+		     bool own_port, int receive_buffer, int keepalive_idle, int epoll)
+{
 	struct epoll_event event = { .events = EPOLLOUT | EPOLLET };
 	int fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP);
 	int err;
@@ -113,6 +157,8 @@ int dial(const void *address, int size, int receive_buffer, int keepalive_idle, 
 		return -errno;
 	event.data.fd = fd;
 	err = socket_options(fd, receive_buffer, keepalive_idle);
+	if (!err && client)
+		err = bind_as_client(fd, client, size, own_port);
 	if (!err && connect(fd, to, size) && errno != EINPROGRESS)
 		err = -errno;
 	if (!err && epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
@@ -122,6 +168,50 @@ int dial(const void *address, int size, int receive_buffer, int keepalive_idle, 
 		return err;
 	}
 	return fd;
+}
+
+/* Begin to connect to *to*, from the address *client* of the same family unless that is NULL;
+ * *epoll* tells of the outcome as EPOLLOUT, EPOLLERR or EPOLLHUP.
+ *
+ * Returns the descriptor or -errno.
+ */
+int dial(const void *to, int size, const void *client, int receive_buffer, int keepalive_idle,
+	 int epoll)
+{
+	int fd = dial_once(to, size, client, true, receive_buffer, keepalive_idle, epoll);
+
+	/* the client's port is taken, or not for us to take */
+	if (client && (fd == -EADDRINUSE || fd == -EADDRNOTAVAIL || fd == -EACCES))
+		fd = dial_once(to, size, client, false, receive_buffer, keepalive_idle, epoll);
+	return fd;
+}
+
+/* Take all that *fd* has received, at most *size* bytes.
+ *
+ * Returns how much; *size* when there may be more, -errno.
+ */
+int take_bytes(int fd, void *data, size_t size)
+{
+	size_t got = 0;
+
+	while (got < size) {
+		ssize_t some = recv(fd, (char *)data + got, size - got, 0);
+
+		if (some < 0 && errno != EAGAIN)
+			return -errno;
+		if (some <= 0)
+			break;
+		got += some;
+	}
+	return got;
+}
+
+/* Returns how much of *data* was sent, -errno. */
+int send_bytes(int fd, const void *data, size_t size)
+{
+	ssize_t sent = send(fd, data, size, MSG_NOSIGNAL);
+
+	return sent < 0 && errno != EAGAIN ? -errno : sent < 0 ? 0 : (int)sent;
 }
 
 /* 0, or the error that a socket has met */
