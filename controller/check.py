@@ -176,7 +176,15 @@ def _read_network(name: str, networks: Mapping[str, Any]) -> Network:
     settings = networks.get(name) or {}
     driver = str(settings.get("driver") or "bridge")
     name = str(settings.get("name") or name)
-    return Network(name, _NO_ADDRESS_YET, "", driver, reachable=driver == "bridge")
+    return Network(
+        name,
+        _NO_ADDRESS_YET,
+        "",
+        driver,
+        reachable=driver == "bridge",
+        internal=settings.get("internal") is True,
+        gateway=_NO_ADDRESS_YET,
+    )
 
 
 def _pairs(value: Any) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,8 @@ The routes file: static routes for backends that are no containers.
     [[route]]
     host = ["a.example.com", "*.b.example.com"]
     backends = ["198.51.100.2:443", "[2001:db8::1]:443"]
+    client-ip = "nat"              # auto, transparent or nat; else the router's default
+    proxy-protocol = "v2"          # off, v1 or v2
 
 Rules of this file:
 
@@ -15,15 +17,15 @@ Rules of this file:
 import ipaddress
 import re
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from controller.core.hostname import read_pattern
 from controller.core.plan import pool
 from controller.core.problems import Code, Problem
-from controller.core.routes import Backend, Route
+from controller.core.routes import CLIENT_IPS, PROXY_PROTOCOLS, Backend, Route
 
 SOURCE = "file"
 
@@ -104,19 +106,33 @@ class _Reader:
         if entries is None:
             # more likely cut off than meant: an editor empties the file before it writes
             self._problem("route", "", "missing; for no routes at all write: route = []")
-        pairs: list[tuple[str, Backend]] = []
+        taken: dict[tuple[str, str], Backend] = {}
         for i, entry in enumerate(self._list(entries or [], "route")):
             where = f"route[{i}]"
             if not isinstance(entry, dict):
                 self._problem(where, entry, "not a table")
                 continue
-            self._only(entry, f"{where}.", {"host", "backends"})
+            self._only(entry, f"{where}.", {"host", "backends", "client-ip", "proxy-protocol"})
             hosts = self._each(entry, where, "host", read_pattern)
-            backends = self._each(entry, where, "backends", read_backend)
-            pairs += [(host, backend) for host in hosts for backend in backends]
+            client_ip = self._word(entry, where, "client-ip", CLIENT_IPS)
+            proxy_protocol = self._word(entry, where, "proxy-protocol", PROXY_PROTOCOLS) or "off"
+            for address in self._each(entry, where, "backends", read_backend):
+                backend = replace(address, client_ip=client_ip, proxy_protocol=proxy_protocol)
+                for host in hosts:
+                    if taken.setdefault((host, backend.name), backend) != backend:
+                        detail = f"an earlier route has {backend.name} with other settings"
+                        self._problem(f"{where}.host", host, detail)
         if self._problems:
             return Reading((), tuple(self._problems))
-        return Reading(pool(pairs), ())
+        return Reading(pool((host, backend) for (host, _), backend in taken.items()), ())
+
+    def _word(self, entry: dict[str, Any], where: str, key: str, words: Collection[str]) -> str:
+        if key not in entry:
+            return ""
+        word = entry[key]
+        if word not in words:
+            self._problem(f"{where}.{key}", word, f"none of {', '.join(words)}")
+        return str(word)
 
     def _each(
         self, entry: dict[str, Any], where: str, key: str, read: Callable[[str], _T]

@@ -147,6 +147,7 @@ class Runtime:
 
     def __init__(self, engine: EngineAddress) -> None:
         self._name = engine.name
+        self._rootless: bool | None = None
         # a new client asks for the version anew: the engine may have been upgraded meanwhile
         self._docker = Docker(url=engine.url, api_version="auto")
 
@@ -185,17 +186,28 @@ class Runtime:
             wanted = {entry["Id"] for entry in listed if is_labelled(entry["Labels"])}
             if not wanted:
                 return ()
-            networks = await self._docker.networks.list()
-            drivers = {entry["Name"]: entry["Driver"] for entry in networks}
+            if self._rootless is None:
+                self._rootless = await self._is_rootless()
+            networks = {entry["Name"]: entry for entry in await self._docker.networks.list()}
             found: dict[str, Container] = {}
             asked: set[str] = set()
             while wanted:
                 asked |= wanted
                 for details in await self._inspect(wanted):
-                    found[details["Id"]] = _read_container(self._name, details, drivers)
+                    found[details["Id"]] = _read_container(
+                        self._name, details, networks, rootless=self._rootless
+                    )
                 modes = (container.mode.partition(":") for container in found.values())
                 wanted = {target for mode, _, target in modes if mode == "container"} - asked
             return tuple(found.values())
+
+    async def _is_rootless(self) -> bool:
+        try:
+            info = await self._docker.system.info()
+        except DockerError:
+            # a proxy before the socket may not let this pass, and routes do not hang on it
+            return False
+        return bool(info.get("Rootless")) or "name=rootless" in (info.get("SecurityOptions") or ())
 
     async def _inspect(self, ids: Iterable[str]) -> list[dict[str, Any]]:
         limit = asyncio.Semaphore(_INSPECTS)
@@ -221,7 +233,11 @@ class Runtime:
 
 
 def _read_container(
-    source: str, details: Mapping[str, Any], drivers: Mapping[str, str]
+    source: str,
+    details: Mapping[str, Any],
+    networks: Mapping[str, Mapping[str, Any]],
+    *,
+    rootless: bool,
 ) -> Container:
     settings = details["NetworkSettings"]
     # Docker tells of EXPOSE in the one place, Podman of some of it only in the other
@@ -233,14 +249,16 @@ def _read_container(
         labels=details["Config"]["Labels"] or {},
         ports=frozenset(_tcp_ports(exposed)),
         networks=tuple(
-            _read_network(name, entry, drivers.get(name, ""))
+            _read_network(name, entry, networks.get(name, {}))
             for name, entry in (settings.get("Networks") or {}).items()
         ),
         mode=details["HostConfig"].get("NetworkMode") or "",
+        rootless=rootless,
     )
 
 
-def _read_network(name: str, entry: Mapping[str, Any], driver: str) -> Network:
+def _read_network(name: str, entry: Mapping[str, Any], about: Mapping[str, Any]) -> Network:
+    driver = about.get("Driver") or ""
     address = entry.get("IPAddress") or ""
     address6 = entry.get("GlobalIPv6Address") or ""
     length = entry.get("IPPrefixLen") if address else entry.get("GlobalIPv6PrefixLen")
@@ -250,6 +268,11 @@ def _read_network(name: str, entry: Mapping[str, Any], driver: str) -> Network:
         address6=address6,
         driver=driver,
         reachable=driver not in _NOT_BRIDGED and is_local(address or address6, length or 128),
+        internal=bool(about.get("Internal")),
+        gateway=entry.get("Gateway") or "",
+        gateway6=entry.get("IPv6Gateway") or "",
+        # Podman knows no such thing: it takes every default route there is
+        priority=entry.get("GwPriority") or 0,
     )
 
 

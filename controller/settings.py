@@ -7,6 +7,7 @@ A setting is one field.  The command line (`--hello-timeout`), the environment
 
 import os
 from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +18,8 @@ LONGEST = 1_000_000
 """Seconds that anything may take, 11 days: epoll counts a wait in 2^31 milliseconds."""
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST)]
+
+Network = IPv4Network | IPv6Network
 
 ENGINE_AUTO = "auto"
 ENGINE_NONE = "none"
@@ -156,11 +159,17 @@ class RouterSettings(CommonSettings):
         description="Connections at once; further ones wait in the listen queue.  0: what the "
         "file descriptor limit allows, two for each connection.",
     )
+    proxy_protocol_from: Annotated[tuple[Network, ...], NoDecode] = Field(
+        (),
+        description="Networks whose connections begin with a PROXY header, version 1 or 2, which "
+        "then tells the client's address; comma separated or repeated.  From anyone else a header "
+        "is refused, since anyone could write it.",
+    )
     access_log: bool = Field(
         default=True, description="Log one line for each connection, at its end."
     )
 
-    _split_listen = field_validator("listen", mode="before")(_comma_list)
+    _split_listen = field_validator("listen", "proxy_protocol_from", mode="before")(_comma_list)
 
 
 class RunSettings(ControllerSettings, RouterSettings):

@@ -1,30 +1,34 @@
 """
 The labels of one container: what they ask for, and what is wrong with them.
 
-    sniroute.host      host patterns, comma separated
-    sniroute.port      the container's port
-    sniroute.network   the container network to reach it by
-    sniroute.enable    false: nothing of this container
-    sniroute.NAME.KEY  the same for a further route; .enable=false switches off that route only
+    sniroute.host            host patterns, comma separated
+    sniroute.port            the container's port
+    sniroute.network         the container network to reach it by
+    sniroute.client-ip       auto, transparent or nat: whose address the container sees
+    sniroute.proxy-protocol  off, v1 or v2: the header that it wants before the hello
+    sniroute.enable          false: nothing of this container
+    sniroute.NAME.KEY        the same for a further route; .enable=false switches off only that
 
 Rules of this file:
 
 1. A label that can not be read is a problem and takes nothing else with it: not the other hosts
    of a list, not the container's other routes.
-2. In doubt nothing is exposed: a route whose port or enable can not be read is no route.
+2. In doubt nothing is exposed: a route with a key that can not be read is no route.  A backend
+   that trusts the address it is told must not be told another one.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from controller.core.hostname import HostnameError, read_pattern
 from controller.core.problems import Code, Problem
+from controller.core.routes import CLIENT_IPS, PROXY_PROTOCOLS
 
 PREFIX = "sniroute."
 
-_KEYS = ("host", "port", "network", "enable")
+_KEYS = ("host", "port", "network", "client-ip", "proxy-protocol", "enable")
 _LABEL = re.compile(
     r"sniroute\.(?:(?!(?:{keys})\.)([A-Za-z0-9_-]+)\.)?({keys})".format(keys="|".join(_KEYS))
 )
@@ -38,12 +42,16 @@ _BOOLS = {
 class RouteSpec:
     """
     One route that a container's labels ask for; *name* is empty for the short form.
+
+    *client_ip* and *proxy_protocol* are as in `Backend`.
     """
 
     name: str
     hosts: tuple[str, ...]
     port: int | None
     network: str | None
+    client_ip: str = ""
+    proxy_protocol: str = "off"
 
     def label(self, key: str) -> str:
         """
@@ -113,11 +121,17 @@ class _Reader:
             )
             return None
         hosts = self._hosts(_label(name, "host"), values["host"])
-        port = values.get("port")
-        number = None if port is None else self._port(_label(name, "port"), port)
-        if not hosts or (port is not None and number is None):
+        # of a host list the good ones remain; of what follows any problem ends the route
+        before = len(self._problems)
+        port = self._port(_label(name, "port"), values["port"]) if "port" in values else None
+        client_ip = self._word(name, values, "client-ip", CLIENT_IPS, Code.BAD_CLIENT_IP)
+        proxy_protocol = self._word(
+            name, values, "proxy-protocol", PROXY_PROTOCOLS, Code.BAD_PROXY_PROTOCOL
+        )
+        if not hosts or len(self._problems) > before:
             return None
-        return RouteSpec(name, hosts, number, values.get("network"))
+        network = values.get("network")
+        return RouteSpec(name, hosts, port, network, client_ip, proxy_protocol or "off")
 
     def _hosts(self, label: str, value: str) -> tuple[str, ...]:
         hosts: dict[str, None] = {}
@@ -144,6 +158,20 @@ class _Reader:
             self._problem(Code.BAD_BOOL, label, value, "neither true nor false; taken as false")
         return bool(answer)
 
+    def _word(
+        self, name: str, values: Mapping[str, str], key: str, words: Collection[str], code: Code
+    ) -> str:
+        if key not in values:
+            return ""
+        word = values[key].strip().lower()
+        # what writes YAML may have made false of an off
+        if _BOOLS.get(word) is False:
+            word = "off"
+        if word not in words:
+            detail = f"none of {', '.join(words)}"
+            self._problem(code, _label(name, key), values[key], detail)
+        return word
+
     def _distinct(self, specs: "filter[RouteSpec]") -> list[RouteSpec]:
         # a host of two routes of one container would be one pool with both ports in it
         taken: dict[str, RouteSpec] = {}
@@ -160,7 +188,7 @@ class _Reader:
                     taken[host] = spec
                     own.append(host)
             if own:
-                result.append(RouteSpec(spec.name, tuple(own), spec.port, spec.network))
+                result.append(replace(spec, hosts=tuple(own)))
         return result
 
     def _problem(self, code: Code, label: str, value: str, detail: str) -> None:

@@ -8,6 +8,8 @@ Rules of this file:
 3. Port: the label, else the only exposed TCP port, else 443 if exposed, else a problem.
 4. Network: the label, else the configured one, else the only one that can be reached; of several
    the first by name, with a warning.  IPv4 before IPv6.
+5. Detour: the first reason for which replies to strangers may not leave by that network; none
+   where the container's only default route, or the preferred one, goes there.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -16,7 +18,7 @@ from operator import attrgetter
 
 from controller.core.labels import RouteSpec, read_labels
 from controller.core.problems import Code, Problem
-from controller.core.routes import Backend, Route
+from controller.core.routes import Backend, Detour, Route
 
 HOST_ADDRESS = "127.0.0.1"
 """Where a container in the host's own network is: the router is there too."""
@@ -25,11 +27,16 @@ HTTPS = 443
 
 _JOINED = "container:"
 
+_DETOUR_DRIVERS = frozenset((Detour.MACVLAN, Detour.IPVLAN, Detour.OVERLAY))
+
 
 @dataclass(frozen=True, slots=True)
 class Network:
     """
     One container network that a container is in; an address it lacks is empty.
+
+    *gateway* and *gateway6* are where it offers to route everything else, if it is not *internal*;
+    of several such networks the engine takes the one of the highest *priority*.
     """
 
     name: str
@@ -37,6 +44,10 @@ class Network:
     address6: str
     driver: str
     reachable: bool
+    internal: bool = False
+    gateway: str = ""
+    gateway6: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,7 @@ class Container:
     One running container, as its engine tells of it.
 
     *mode* is the engine's network mode: `host`, `none`, `container:ID`, or the name of a network.
+    *rootless* tells that the engine is a user's, with networks of its own.
     """
 
     id: str
@@ -54,6 +66,7 @@ class Container:
     ports: frozenset[int]
     networks: tuple[Network, ...]
     mode: str
+    rootless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +107,18 @@ def plan(
         for spec in reading.specs:
             picker = _Picker(container, spec, problems)
             # both, so that one look shows every problem
-            port, address = picker.port(), picker.address(by_id, network)
-            if port and address:
-                backend = Backend(container.name, container.source, address, port)
+            port, place = picker.port(), picker.place(by_id, network)
+            if port and place:
+                address, detour = place
+                backend = Backend(
+                    container.name,
+                    container.source,
+                    address,
+                    port,
+                    spec.client_ip,
+                    spec.proxy_protocol,
+                    detour,
+                )
                 pairs += [(host, backend) for host in spec.hosts]
     return Plan(pool(pairs), tuple(sorted(set(problems))))
 
@@ -139,7 +161,7 @@ def diff(old: Iterable[Route], new: Iterable[Route]) -> Changes:
 
 class _Picker:
     """
-    Pick port and address for one route of one container; None where there is a problem.
+    Pick port and place for one route of one container; None where there is a problem.
     """
 
     def __init__(self, container: Container, spec: RouteSpec, problems: list[Problem]) -> None:
@@ -162,14 +184,14 @@ class _Picker:
             self._problem(Code.NO_PORT, "port", "", "missing; the container exposes no TCP port")
         return None
 
-    def address(
+    def place(
         self, by_id: Mapping[tuple[str, str], Container], configured: str | None
-    ) -> str | None:
+    ) -> tuple[str, Detour] | None:
         owner = self._owner(by_id)
         if owner is None:
             return None
         if owner.mode == "host":
-            return HOST_ADDRESS
+            return HOST_ADDRESS, Detour.HOST_NETWORK
         network = self._network(owner.networks, configured)
         if network is None:
             return None
@@ -178,7 +200,8 @@ class _Picker:
             self._problem(
                 Code.NO_ADDRESS, "network", network.name, "the container has no address there"
             )
-        return address or None
+            return None
+        return address, _detour(owner, network)
 
     def _owner(self, by_id: Mapping[tuple[str, str], Container]) -> Container | None:
         # a container may live in the network of another one, that one in a third
@@ -221,6 +244,26 @@ class _Picker:
     def _problem(self, code: Code, key: str, value: str, detail: str) -> None:
         label = self._spec.label(key)
         self._problems.append(Problem(code, self._container.name, label, value, detail))
+
+
+def _detour(owner: Container, network: Network) -> Detour:
+    if owner.rootless:
+        return Detour.ROOTLESS
+    if network.driver in _DETOUR_DRIVERS:
+        return Detour(network.driver)
+    if network.internal:
+        return Detour.INTERNAL_NETWORK
+    if not network.reachable:
+        return Detour.NOT_LOCAL
+    gateway = attrgetter("gateway" if network.address else "gateway6")
+    rivals = [
+        other.priority
+        for other in owner.networks
+        if other is not network and not other.internal and gateway(other)
+    ]
+    if rivals and not (gateway(network) and network.priority > max(rivals)):
+        return Detour.SEVERAL_NETWORKS
+    return Detour.NONE
 
 
 def _named(networks: Iterable[Network], wanted: str) -> list[Network]:

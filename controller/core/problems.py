@@ -31,6 +31,8 @@ class Code(StrEnum):
     DUPLICATE_HOST = "duplicate-host"
     BAD_BOOL = "bad-bool"
     BAD_PORT = "bad-port"
+    BAD_CLIENT_IP = "bad-client-ip"
+    BAD_PROXY_PROTOCOL = "bad-proxy-protocol"
     NO_PORT = "no-port"
     AMBIGUOUS_PORT = "ambiguous-port"
     UNKNOWN_NETWORK = "unknown-network"

@@ -10,8 +10,31 @@ Rules of this file:
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 CATCH_ALL = "*"
+
+CLIENT_IPS = ("auto", "transparent", "nat")
+PROXY_PROTOCOLS = ("off", "v1", "v2")
+
+
+class Detour(StrEnum):
+    """
+    Why a backend's replies to a foreign address may not come back through this host.
+
+    NOT_LOCAL: this host is not in the backend's network.  SEVERAL_NETWORKS: the backend is in
+    others too, and its default route may lead there.
+    """
+
+    NONE = ""
+    HOST_NETWORK = "host_network"
+    ROOTLESS = "rootless"
+    MACVLAN = "macvlan"
+    IPVLAN = "ipvlan"
+    OVERLAY = "overlay"
+    INTERNAL_NETWORK = "internal_network"
+    NOT_LOCAL = "not_local"
+    SEVERAL_NETWORKS = "several_networks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +43,18 @@ class Backend:
     One address that a route leads to.
 
     *address* is an IP literal; *name* is the container's name, or the address and port of a
-    static backend; *source* is the engine, or the routes file, that told of it.
+    static backend; *source* is the engine, or the routes file, that told of it.  *client_ip* is
+    one of CLIENT_IPS, or empty for the router's default; *proxy_protocol* is one of
+    PROXY_PROTOCOLS; *detour* is a `Detour`.
     """
 
     name: str
     source: str
     address: str
     port: int
+    client_ip: str = ""
+    proxy_protocol: str = "off"
+    detour: str = Detour.NONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,18 +15,32 @@ guessed.  The router checks the whole of a table before it takes any of it.
 
 import ipaddress
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from controller.core.hostname import read_pattern
-from controller.core.routes import Backend, Route, RouteTable
+from controller.core.routes import (
+    CLIENT_IPS,
+    PROXY_PROTOCOLS,
+    Backend,
+    Detour,
+    Route,
+    RouteTable,
+)
 
 VERSION = 1
 
 MAX_LINE = 64 * 1024 * 1024
-"""Longest message in bytes: a table of 100,000 routes of 10 backends is about half of it."""
+"""Longest message in bytes: a table of half a million backends, at 130 bytes each."""
+
+MAX_GENERATION = 2**53
+"""Largest number that every reader of JSON, of metrics and of logs takes as it is."""
 
 Message = dict[str, Any]
+
+_BACKEND = {field.name for field in fields(Backend)}
+_DETOURS = frozenset(map(str, Detour))
 
 
 class WireError(ValueError):
@@ -87,8 +101,17 @@ def dump_routes(routes: Iterable[Route]) -> list[Message]:
     return [
         {
             "host": route.host,
+            # written out: asdict takes many times as long, and tables may be large
             "backends": [
-                {"name": b.name, "source": b.source, "address": b.address, "port": b.port}
+                {
+                    "name": b.name,
+                    "source": b.source,
+                    "address": b.address,
+                    "port": b.port,
+                    "client_ip": b.client_ip,
+                    "proxy_protocol": b.proxy_protocol,
+                    "detour": b.detour,
+                }
                 for b in route.backends
             ],
         }
@@ -136,9 +159,7 @@ def read_hello(message: Message) -> RouteTable:
     if message.get("type") != "hello" or message.get("version") != VERSION:
         raise WireError(f"hello: not from a router of version {VERSION}")
     entry = _members(message, "hello", {"type", "version", "generation", "routes"})
-    generation = entry["generation"]
-    if not isinstance(generation, int) or isinstance(generation, bool) or generation < 0:
-        raise WireError(f"hello.generation: not a number from 0: {generation!r}")
+    generation = _generation(entry["generation"], "hello.generation", 0)
     return RouteTable(generation, read_routes(entry["routes"]))
 
 
@@ -150,9 +171,7 @@ def read_table(message: Message) -> RouteTable:
         WireError: as `read_routes`, or the generation is not a positive number.
     """
     entry = _members(message, "table", {"type", "generation", "routes"})
-    generation = entry["generation"]
-    if not isinstance(generation, int) or isinstance(generation, bool) or generation < 1:
-        raise WireError(f"table.generation: not a positive number: {generation!r}")
+    generation = _generation(entry["generation"], "table.generation", 1)
     return RouteTable(generation, read_routes(entry["routes"]))
 
 
@@ -188,7 +207,7 @@ def read_report(message: Message) -> Message:
 
 
 def _read_backend(item: object, where: str) -> Backend:
-    entry = _members(item, where, {"name", "source", "address", "port"})
+    entry = _members(item, where, _BACKEND)
     address = _str(entry["address"], f"{where}.address")
     try:
         ipaddress.ip_address(address)
@@ -197,8 +216,25 @@ def _read_backend(item: object, where: str) -> Backend:
     port = entry["port"]
     if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536:  # noqa: PLR2004 - the range of a port
         raise WireError(f"{where}.port: not a port: {port!r}")
-    name = _str(entry["name"], f"{where}.name")
-    return Backend(name, _str(entry["source"], f"{where}.source"), address, port)
+    return Backend(
+        _str(entry["name"], f"{where}.name"),
+        _str(entry["source"], f"{where}.source"),
+        address,
+        port,
+        _word(entry["client_ip"], f"{where}.client_ip", ("", *CLIENT_IPS)),
+        _word(entry["proxy_protocol"], f"{where}.proxy_protocol", PROXY_PROTOCOLS),
+        _word(entry["detour"], f"{where}.detour", _DETOURS),
+    )
+
+
+def _generation(value: object, where: str, least: int) -> int:
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or not least <= value <= MAX_GENERATION
+    ):
+        raise WireError(f"{where}: not a number from {least} to {MAX_GENERATION}: {value!r}")
+    return value
 
 
 def _members(value: object, where: str, names: set[str]) -> Message:
@@ -220,3 +256,10 @@ def _str(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise WireError(f"{where}: not a string")
     return value
+
+
+def _word(value: object, where: str, words: Collection[str]) -> str:
+    word = _str(value, where)
+    if word not in words:
+        raise WireError(f"{where}: no such word: {word!r}")
+    return word

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from bpfprog import CAPABILITIES, STAND_IN, KernelError, Splice
 from controller import log, privilege
 from controller.router._native import lib
-from controller.router.connection import bind_listener
 from controller.router.control import Control
 from controller.router.flow import Handoff
+from controller.router.listen import bind_listener
 from controller.router.loop import Loop
 from controller.router.metrics import serve
 from controller.router.relay import RelayHandoff
@@ -50,7 +50,8 @@ def main() -> int:
         log.configure("router", settings.log_level)
         _serve(settings)
     except (NotPossible, OSError, ValueError, ValidationError) as err:
-        print(f"sniroute router: {err}", file=sys.stderr)
+        # an OSError's own text begins with its number
+        print(f"sniroute router: {getattr(err, 'strerror', None) or err}", file=sys.stderr)
         return 1
     return 0
 

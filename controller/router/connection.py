@@ -16,20 +16,36 @@ import socket
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from controller.core import alert
 from controller.core.hello import HelloError, read_alpn, read_server_name, read_versions
+from controller.core.proxyprotocol import (
+    MAX_HEADER,
+    Address,
+    Header,
+    NeedMore,
+    ProxyHeaderError,
+    Version,
+    read_header,
+    write_header,
+)
 from controller.core.routes import Backend, Route
 from controller.core.session import Side
 from controller.router._native import ffi, lib
-from controller.router.flow import Flow, Refused
-from controller.router.loop import Timer
+from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused
+from controller.router.loop import Handler, Timer
 
 if TYPE_CHECKING:
     from controller.router.router import Router
 
+_ENDS: Final = select.EPOLLRDHUP | select.EPOLLHUP
+
 WAITING: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+
+TAKE_LIMIT: Final = 1024 * 1024
+"""Bytes of a client that are moved by hand behind a PROXY header; of one that has sent more, all
+are relayed."""
 
 LAST_WORD: Final = 2.0
 """Seconds that a refused client has to read its alert and end its half."""
@@ -49,6 +65,9 @@ _HELLO_RESULTS: Final[dict[int, tuple[str, int]]] = {
 }
 
 
+NO_HEADER: Final = Header(0)
+
+
 @dataclass(slots=True)
 class Hello:
     """
@@ -62,6 +81,25 @@ class Hello:
     size: int = 0
     peeks: int = 0
     seconds: float = 0.0
+
+
+def _readable(endpoint: tuple[bytes, int]) -> Address:
+    packed, port = endpoint
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6  # noqa: PLR2004 - bytes of an IPv4 address
+    return socket.inet_ntop(family, packed), port
+
+
+def _send(fd: int, data: bytes) -> int:
+    """
+    Send what *fd* takes of *data* now.
+
+    Raises:
+        OSError: it takes nothing more, ever.
+    """
+    sent = lib.send_bytes(fd, data, len(data))
+    if sent < 0:
+        raise OSError(-sent, os.strerror(-sent))
+    return int(sent)
 
 
 def _endpoint(native: Any) -> tuple[bytes, int]:
@@ -94,6 +132,7 @@ class Connection:
 
     __slots__ = (
         "_connecting",
+        "_header",
         "_hello_reader",
         "_peer",
         "_router",
@@ -114,6 +153,7 @@ class Connection:
         self._router = router
         self.fd = fd
         self._peer = _endpoint(arrival.peer)
+        self._header = NO_HEADER
         self._hello_reader = arrival.hello
         self._timer: Timer | None = None
         self._connecting = -1
@@ -128,13 +168,50 @@ class Connection:
         self.result = ""
 
     @property
-    def peer(self) -> tuple[str, int]:
+    def peer(self) -> Address:
         """
-        The client's address and port.
+        The client's address and port, as far as a trusted sender tells them.
         """
-        packed, port = self._peer
-        family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6  # noqa: PLR2004 - bytes of an IPv4 address
-        return socket.inet_ntop(family, packed), port
+        return self._header.source or _readable(self._peer)
+
+    # --- the PROXY header of a trusted sender ---
+
+    def expect_header(self) -> None:
+        """
+        Read the header that a trusted sender puts before the hello.
+        """
+        self._release_reader()
+        looked_at = self._router.looked_at
+        size = lib.peek_bytes(self.fd, looked_at, MAX_HEADER)
+        if size <= 0 and size != -errno.EAGAIN:
+            self.refuse("client_closed", 0)
+            return
+        try:
+            header = read_header(ffi.buffer(looked_at[0], max(size, 0))[:])
+        except ProxyHeaderError:
+            self.refuse("proxy_invalid", 0)
+            return
+        if isinstance(header, NeedMore):
+            lib.wait_for_bytes(self.fd, header.at_least)
+            self._wait(self._on_header)
+            return
+        self._header = header
+        self._hello_reader = lib.hello_new(header.size)
+        self._peek()
+
+    def _on_header(self, events: int) -> None:
+        self.expect_header()
+        if events & _ENDS and not self._header.size and not self.result:
+            self.refuse("client_closed", 0)
+
+    def _wait(self, handler: Handler) -> None:
+        """
+        Have *handler* hear when more has come, as long as a hello may take.
+        """
+        router = self._router
+        if self._timer is None:
+            self._timer = router.loop.later(router.settings.hello_timeout, self._too_slow)
+        router.loop.watch(self.fd, WAITING, handler)
 
     # --- the hello ---
 
@@ -148,7 +225,7 @@ class Connection:
         status = reading.status
         if status == lib.HELLO_COMPLETE:
             hello.seconds = time.monotonic() - self.began
-            self._release_reader()
+            self._end_wait()
             try:
                 self._interpret(reading.extensions)
             except HelloError as err:
@@ -156,22 +233,21 @@ class Connection:
                 return
             self._find()
         elif status == lib.HELLO_MORE:
-            if self._timer is None:
-                router = self._router
-                self._timer = router.loop.later(router.settings.hello_timeout, self._too_slow)
-                router.loop.watch(self.fd, WAITING, self._on_more)
+            self._wait(self._on_more)
         elif status == lib.HELLO_INVALID:
             self.refuse("hello_invalid", reading.alert)
         else:
             self.refuse(*_HELLO_RESULTS[status])
 
     def _on_more(self, events: int) -> None:
+        self._peek()
+        if events & _ENDS and self._hello_reader != ffi.NULL:
+            self.refuse("client_closed", alert.DECODE_ERROR)
+
+    def _peek(self) -> None:
         reading = self._router.reading
         lib.hello_peek(self._hello_reader, self.fd, self._router.settings.hello_limit, reading)
-        if reading.status == lib.HELLO_MORE and events & (select.EPOLLRDHUP | select.EPOLLHUP):
-            self.refuse("client_closed", alert.DECODE_ERROR)
-        else:
-            self.read(reading)
+        self.read(reading)
 
     def _too_slow(self) -> None:
         self._timer = None
@@ -195,9 +271,12 @@ class Connection:
         if self._hello_reader != ffi.NULL:
             lib.hello_free(self._hello_reader)
             self._hello_reader = ffi.NULL
-            # what the client sends from here on is for whoever takes it over to hear
-            self._router.loop.handlers.pop(self.fd, None)
+
+    def _end_wait(self) -> None:
+        self._release_reader()
         self._cancel_timer()
+        # what the client sends from here on is for whoever takes it over to hear
+        self._router.loop.handlers.pop(self.fd, None)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -256,10 +335,15 @@ class Connection:
             return
         self._cancel_timer()
         self.connect_seconds = time.monotonic() - self.connect_seconds
+        try:
+            prelude = self._begin()
+        except OSError as err:
+            self._next_backend(err.errno or errno.EIO)
+            return
         backend, self._connecting = self._connecting, -1
         for handoff in self._router.ladder:
             try:
-                self.flow = handoff.take(self.fd, backend, self._on_over)
+                self.flow = handoff.take(self.fd, backend, self._on_over, prelude)
             except Refused as refusal:
                 self.refusals.append(f"{handoff.name}: {refusal}")
                 self._router.refused(handoff.name, str(refusal))
@@ -267,6 +351,47 @@ class Connection:
                 self.result = "forwarded"
                 self._router.handed_over(self)
                 return
+
+    def _begin(self) -> Prelude:
+        """
+        Write what comes before the hand-off: the PROXY header, and what a sender's header hid.
+
+        Behind a header that was read lies a segment that was read in part, of which BPF would
+        forward the whole: so what has come with it is moved by hand.
+
+        Raises:
+            OSError: the backend does not take it.
+        """
+        backend = self.backend
+        assert backend is not None  # noqa: S101 - it is connected
+        header = self._header_for(backend) if backend.proxy_protocol != "off" else b""
+        if header:
+            # the first bytes of a connection find its send buffer empty
+            _send(self._connecting, header)
+        if not self._header.size:
+            return Prelude(given=len(header)) if header else UNTOUCHED
+        into = self._router.taken
+        taken = lib.take_bytes(self.fd, into, TAKE_LIMIT)
+        if taken < self._header.size:
+            raise OSError(errno.ECONNRESET, "client")
+        stream = ffi.buffer(into, taken)[self._header.size :]
+        sent = _send(self._connecting, stream)
+        return Prelude(taken, len(header) + sent, sent, stream[sent:], taken < TAKE_LIMIT)
+
+    def _header_for(self, backend: Backend) -> bytes:
+        local = self._header.destination
+        if local is None:
+            endpoint = self._router.arrival.peer
+            lib.local_endpoint(self.fd, ffi.addressof(endpoint))
+            local = _readable(_endpoint(endpoint))
+        hello = self.hello
+        return write_header(
+            cast("Version", backend.proxy_protocol),
+            self.peer,
+            local,
+            authority=hello.server_name,
+            alpn=hello.alpn[0] if hello.alpn else None,
+        )
 
     def _on_over(self, flow: Flow) -> None:
         self._router.ended(self, flow.session.reason)
@@ -278,7 +403,7 @@ class Connection:
         Answer the TLS alert *code* (0 for none) and close; count it as *result*.
         """
         self.result = result
-        self._release_reader()
+        self._end_wait()
         loop = self._router.loop
         word = alert.alert(code) if code else b""
         rest = lib.refuse(self.fd, word, len(word), DISCARD_LIMIT)
@@ -305,7 +430,7 @@ class Connection:
         if self.flow is not None:
             self.flow.cut(reason)
             return
-        self._release_reader()
+        self._end_wait()
         if self._connecting >= 0:
             self._router.loop.close(self._connecting)
         self.result = self.result or reason
@@ -330,6 +455,8 @@ class Connection:
             "hello_seconds": round(hello.seconds, 6),
             "duration": round(time.monotonic() - self.began, 6),
         }
+        if self._header.size:
+            line["sender"], line["sender_port"] = _readable(self._peer)
         if self.route is not None:
             line["route"] = self.route.host
         if self.backend is not None:
@@ -344,69 +471,3 @@ class Connection:
         if self.refusals:
             line["refused_by"] = self.refusals
         return line
-
-
-def accept(router: "Router", listener: int) -> int:
-    """
-    Accept what waits on *listener*, as many as one round may.
-
-    Returns:
-        0 when none is left or the round is full, an errno when accepting has to pause.
-    """
-    arrival = router.arrival
-    limit = router.settings.hello_limit
-    for _ in range(router.accept_batch()):
-        began = time.monotonic()
-        fd = lib.accept_client(listener, limit, arrival)
-        if fd >= 0:
-            connection = Connection(router, fd, arrival, began)
-            router.connections.add(connection)
-            connection.read(arrival.reading)
-        elif fd == -errno.EAGAIN:
-            return 0
-        elif fd not in (-errno.ECONNABORTED, -errno.EINTR, -errno.EPROTO):
-            return -int(fd)
-    return 0
-
-
-def bind_listener(address: str, receive_buffer: int) -> socket.socket:
-    """
-    Listen on *address*: `ADDR:PORT`, `[ADDR]:PORT` or `:PORT`.
-
-    Raises:
-        ValueError: *address* is not written so.
-        OSError: it can not be listened on; the message names the address.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the range of a port
-        raise ValueError(f"listen address {address!r}: not ADDR:PORT, [ADDR]:PORT or :PORT")
-    host = host.removeprefix("[").removesuffix("]")
-    family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
-    # plain TCP: a sockmap takes no MPTCP socket, and its clients fall back by themselves
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(host)))
-        _receive_buffer(listener, receive_buffer)
-        lib.socket_options(listener.fileno(), 0, KEEPALIVE_IDLE)
-        # the hello comes with the accept, which spares a round; a silent client shows up later
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
-        listener.bind((host or "::", int(port)))
-        listener.listen(4096)
-        listener.setblocking(False)
-    except OSError as err:
-        listener.close()
-        raise OSError(err.errno, f"listen on {address}: {os.strerror(err.errno or 0)}") from None
-    return listener
-
-
-def _receive_buffer(listener: socket.socket, size: int) -> None:
-    """
-    Set what accepted sockets inherit; beyond net.core.rmem_max where we may (CAP_NET_ADMIN).
-    """
-    so_rcvbufforce = 33  # asm-generic/socket.h; the socket module does not name it
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, so_rcvbufforce, size)
-    except PermissionError:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)

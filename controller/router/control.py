@@ -185,7 +185,7 @@ class Peer:
             self._answer()
         except (OSError, EOFError):
             self.close()
-        except wire.WireError as err:
+        except (wire.WireError, RecursionError) as err:
             log.warning("control message refused", error=str(err))
             self.close()
 

@@ -4,7 +4,9 @@ What the connections of one router share: the table, the ladder of hand-offs, th
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Any, Final
 
 import structlog
@@ -12,11 +14,12 @@ import structlog
 from bpfprog import MAX_CONNECTIONS
 from controller.core.routes import Backend, Route, RouteTable
 from controller.router._native import ffi
-from controller.router.connection import Connection, accept
+from controller.router.connection import TAKE_LIMIT, Connection
 from controller.router.flow import Flow, Handoff
+from controller.router.listen import accept
 from controller.router.loop import Loop
 from controller.router.stats import Stats
-from controller.settings import RouterSettings
+from controller.settings import Network, RouterSettings
 
 ACCEPT_BATCH: Final = 64
 """Clients accepted in one round, so that those under way have their turn."""
@@ -27,6 +30,21 @@ ACCEPT_PAUSE: Final = 0.1
 EPOLLIN: Final = 1
 
 log = structlog.get_logger()
+
+
+def _membership(networks: Sequence[Network]) -> Callable[[str], bool]:
+    """
+    Make a quick test whether an address lies in one of *networks*.
+    """
+    if not networks:
+        return lambda _: False
+
+    @lru_cache(4096)
+    def contains(address: str) -> bool:
+        ip = ip_address(address)
+        return any(ip in network for network in networks if network.version == ip.version)
+
+    return contains
 
 
 class Router:
@@ -46,6 +64,9 @@ class Router:
         self.connections: set[Connection] = set()
         self.arrival: Any = ffi.new("struct arrival *")
         self.reading: Any = ffi.new("struct reading *")
+        self.looked_at: Any = ffi.new("const unsigned char **")
+        self.taken: Any = ffi.new("unsigned char[]", TAKE_LIMIT)
+        self.trusts = _membership(settings.proxy_protocol_from)
         self.draining = False
         self._listeners: list[socket.socket] = []
         self._accepting = False

@@ -160,14 +160,10 @@ class App:
         """
         Fetch *host* from the app itself until it answers.
         """
-
-        def answer() -> fetch.Answer | None:
-            try:
-                return fetch.fetch(self.engine.host, self.endpoint, host, self.root)
-            except fetch.RefusedError as err:
-                raise OSError(str(err)) from err
-
-        return wait_for(f"app {self.name} serves {host}", answer)
+        return wait_for(
+            f"app {self.name} serves {host}",
+            lambda: fetch.fetch(self.engine.host, self.endpoint, host, self.root),
+        )
 
     def remove(self) -> None:
         """

@@ -33,7 +33,7 @@ class Answer:
     address: str
 
 
-class RefusedError(Exception):
+class RefusedError(OSError):
     """
     The client got no page; the message is what it said.
     """

@@ -2,6 +2,8 @@
 The product on loopback, with static routes and no engine.
 """
 
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -31,6 +34,7 @@ class Product:
     metrics: Address
     control: Path
     pid: int
+    log: Path = Path(os.devnull)
 
     def get(self, path: str) -> str:
         """
@@ -39,6 +43,13 @@ class Product:
         url = f"http://{self.metrics[0]}:{self.metrics[1]}{path}"
         with urllib.request.urlopen(url, timeout=5) as answer:
             return answer.read().decode()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """
+        Read the log as far as it is written.
+        """
+        text = self.log.read_text()
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def counts(self, metric: str, label: str) -> dict[str, float]:
         """
@@ -54,9 +65,16 @@ class Product:
 
 
 @contextmanager
-def router(handoff: str, routes: Mapping[str, Address], *options: str) -> Iterator[Product]:
+def router(
+    handoff: str,
+    routes: Mapping[str, Address],
+    *options: str,
+    keys: Mapping[str, str] | None = None,
+) -> Iterator[Product]:
     """
     Run the product with *routes*, from host pattern to backend, until the block ends.
+
+    *keys* are further keys of each route.
 
     Raises:
         HarnessError: It does not become ready, or does not end in order.
@@ -65,7 +83,7 @@ def router(handoff: str, routes: Mapping[str, Address], *options: str) -> Iterat
         folder = Path(name)
         listen, metrics = _free_addresses(2)
         control, log = folder / "router.sock", folder / "log"
-        (folder / "routes.toml").write_text(_routes_file(routes))
+        (folder / "routes.toml").write_text(_routes_file(routes, keys or {}))
         command = [
             *(str(VENV / "bin" / "sniroute"), "run", "--engine", "none", "--drain", "1"),
             *("--routes", str(folder / "routes.toml"), "--control", str(control)),
@@ -74,7 +92,7 @@ def router(handoff: str, routes: Mapping[str, Address], *options: str) -> Iterat
         ]
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-        product = Product(listen, metrics, control, process.pid)
+        product = Product(listen, metrics, control, process.pid, log)
         try:
             wait_for("a ready router", lambda: _ready(process, product))
             yield product
@@ -104,9 +122,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise HarnessError(f"sniroute ended with {code}")
 
 
-def _routes_file(routes: Mapping[str, Address]) -> str:
+def _routes_file(routes: Mapping[str, Address], keys: Mapping[str, str]) -> str:
+    more = "".join(f'{key} = "{value}"\n' for key, value in keys.items())
     return "".join(
-        f'[[route]]\nhost = ["{host}"]\nbackends = ["{address}:{port}"]\n\n'
+        f'[[route]]\nhost = ["{host}"]\nbackends = ["{address}:{port}"]\n{more}\n'
         for host, (address, port) in routes.items()
     )
 
