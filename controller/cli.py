@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from controller import supervise
 from controller.check import check as check_labels
 from controller.core import wire
+from controller.doctor import doctor as examine
 from controller.settings import (
     ENGINE_AUTO,
     ENGINE_NONE,
@@ -49,10 +50,15 @@ def _root(*, show: Annotated[bool, typer.Option("--version", is_eager=True)] = F
 def settings_command(settings: type[CommonSettings]) -> Callable[..., Any]:
     """
     Make a function of *settings* a command whose flags are the fields of the settings.
+
+    What else the function takes are flags as well.
     """
 
-    def decorate(function: Callable[[Any], int]) -> Callable[..., Any]:
+    def decorate(function: Callable[..., int]) -> Callable[..., Any]:
+        _, *others = inspect.signature(function).parameters.values()
+
         def command(**flags: Any) -> None:
+            rest = {other.name: flags.pop(other.name) for other in others}
             given = {name: value for name, value in flags.items() if value not in (None, [], ())}
             try:
                 values = settings(**given)
@@ -61,12 +67,12 @@ def settings_command(settings: type[CommonSettings]) -> Callable[..., Any]:
                     flag = "--" + str(error["loc"][0]).replace("_", "-")
                     print(f"sniroute: {flag}: {error['msg']}", file=sys.stderr)
                 raise typer.Exit(2) from None
-            raise typer.Exit(function(values))
+            raise typer.Exit(function(values, **rest))
 
         command.__doc__ = function.__doc__
         command.__name__ = function.__name__
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [_parameter(name, info) for name, info in settings.model_fields.items()]
+            [*(_parameter(name, info) for name, info in settings.model_fields.items()), *others]
         )
         return app.command()(command)
 
@@ -149,6 +155,16 @@ def check(
     raise typer.Exit(check_labels(settings, compose or [], as_json))
 
 
+@settings_command(RunSettings)
+def doctor(settings: RunSettings, *, as_json: Json = False) -> int:
+    """
+    Say what works on this host, what does not, and how to mend it.
+
+    The exit status is 0 if all is fine, 1 if something is degraded, 2 if something is broken.
+    """
+    return examine(settings, as_json=as_json)
+
+
 @app.command()
 def status(control: ControlPath = None, *, as_json: Json = False) -> None:
     """
@@ -159,6 +175,8 @@ def status(control: ControlPath = None, *, as_json: Json = False) -> None:
         print(json.dumps(answer, indent=2))
         return
     handoff, connections = answer["handoff"], answer["connections"]
+    client_ip = answer["client_ip"]
+    working = "working" if client_ip["working"] else "not working"
     age = "none yet" if answer["table_age"] is None else f"{answer['table_age']:.0f} s old"
     state = "draining" if answer["draining"] else "ready" if answer["ready"] else "not ready"
     _table(
@@ -166,6 +184,7 @@ def status(control: ControlPath = None, *, as_json: Json = False) -> None:
             ("router", f"{answer['version']}, {state}"),
             ("table", f"generation {answer['generation']}, {answer['routes']} routes, {age}"),
             ("hand-off", f"{handoff['chosen']} ({handoff['reason']})"),
+            ("client-ip", f"{client_ip['mode']}, {working} ({client_ip['reason']})"),
             (
                 "connections",
                 f"{connections['active']} of {connections['max']}, {connections['total']} ended",

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from controller.core import clientip
+
 LONGEST = 1_000_000
 """Seconds that anything may take, 11 days: epoll counts a wait in 2^31 milliseconds."""
 
@@ -33,6 +35,17 @@ class HandoffChoice(StrEnum):
     AUTO = "auto"
     SOCKMAP = "sockmap"
     RELAY = "relay"
+
+
+class ClientIp(StrEnum):
+    """
+    Whose address a backend sees as the other end of its connections.
+    """
+
+    AUTO = "auto"
+    TRANSPARENT = "transparent"
+    NAT = "nat"
+    OFF = "off"
 
 
 def _control_path() -> Path:
@@ -158,6 +171,40 @@ class RouterSettings(CommonSettings):
         ge=0,
         description="Connections at once; further ones wait in the listen queue.  0: what the "
         "file descriptor limit allows, two for each connection.",
+    )
+    client_ip: ClientIp = Field(
+        ClientIp.AUTO,
+        description="Whose address backends see: auto (the client's, wherever its replies come "
+        "back through this host), transparent (the client's, or no connection), nat (this "
+        "host's), or off: nat, and nothing is laid in nftables and routing.",
+    )
+    transparent_timeout: Seconds = Field(
+        1,
+        description="Seconds that a backend has to answer to the client's address before auto "
+        "connects from this host's; a container answers within a millisecond.",
+    )
+    transparent_mark: int = Field(
+        clientip.MARK,
+        gt=0,
+        le=0xFFFFFFFF,
+        description="Packet mark of replies to clients' addresses; bits that no one else's mark "
+        "uses.",
+    )
+    transparent_mask: int = Field(
+        clientip.MASK, gt=0, le=0xFFFFFFFF, description="The bits that must read as in the mark."
+    )
+    transparent_table: int = Field(
+        clientip.TABLE,
+        gt=0,
+        le=0xFFFFFFFF,
+        description="Routing table that takes marked packets in; nobody else's.",
+    )
+    transparent_priority: int = Field(
+        clientip.PRIORITY,
+        gt=1,
+        lt=32766,
+        description="Priority of the rule that leads there, and, less one, of a second; before any "
+        "that would send replies elsewhere.",
     )
     proxy_protocol_from: Annotated[tuple[Network, ...], NoDecode] = Field(
         (),

@@ -25,7 +25,7 @@ from controller.router.relay import RelayHandoff
 from controller.router.router import Router
 from controller.router.selftest import SelfTestFailed, prove
 from controller.router.sockmap import SockmapHandoff
-from controller.settings import HandoffChoice, RouterSettings
+from controller.settings import ClientIp, HandoffChoice, RouterSettings
 
 BIND: Final = "NET_BIND_SERVICE"
 
@@ -65,8 +65,10 @@ def _serve(settings: RouterSettings) -> None:
     router = Router(settings, loop, _max_connections(settings))
     listeners = [bind_listener(address, settings.receive_buffer) for address in settings.listen]
     splice, refusal = _load(settings.handoff)
-    # loaded and bound: neither joining sockets nor anything later needs a privilege
-    privilege.drop_to(())
+    # loaded and bound: joining sockets needs no privilege, only a client's address does
+    off = settings.client_ip == ClientIp.OFF
+    privilege.drop_to(() if off else ("NET_ADMIN",))
+    router.transparency.start()
     _choose(router, splice, refusal)
     name = version("sniroute")
     control = Control(router, settings.control, name)
@@ -86,6 +88,7 @@ def _serve(settings: RouterSettings) -> None:
     try:
         loop.run()
     finally:
+        router.transparency.stop()
         control.close()
     logger.info("router stopped")
 

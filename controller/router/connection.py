@@ -13,12 +13,14 @@ import errno
 import os
 import select
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from controller.core import alert
+from controller.core.clientip import Choice
 from controller.core.hello import HelloError, read_alpn, read_server_name, read_versions
 from controller.core.proxyprotocol import (
     MAX_HEADER,
@@ -35,6 +37,8 @@ from controller.core.session import Side
 from controller.router._native import ffi, lib
 from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused
 from controller.router.loop import Handler, Timer
+from controller.router.transparency import NO_REPLY
+from controller.settings import ClientIp
 
 if TYPE_CHECKING:
     from controller.router.router import Router
@@ -66,6 +70,18 @@ _HELLO_RESULTS: Final[dict[int, tuple[str, int]]] = {
 
 
 NO_HEADER: Final = Header(0)
+
+UNDECIDED: Final = Choice(transparent=False)
+
+_NO_WAY_BACK: Final = {
+    errno.ETIMEDOUT,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EADDRNOTAVAIL,
+    errno.EADDRINUSE,
+    errno.EPERM,
+}
+"""What a dial from a client's address ends with where that address is the trouble."""
 
 
 @dataclass(slots=True)
@@ -109,20 +125,28 @@ def _endpoint(native: Any) -> tuple[bytes, int]:
     return ffi.buffer(native.address, native.size)[:], native.port
 
 
+def pack_address(packed: bytes, port: int) -> bytes:
+    """
+    Write a packed address and a port as a `struct sockaddr_in` or `sockaddr_in6`.
+    """
+    if len(packed) == 4:  # noqa: PLR2004 - bytes of an IPv4 address
+        return socket.AF_INET.to_bytes(2, sys.byteorder) + port.to_bytes(2) + packed + bytes(8)
+    family = socket.AF_INET6.to_bytes(2, sys.byteorder)
+    return family + port.to_bytes(2) + bytes(4) + packed + bytes(4)
+
+
 @lru_cache(4096)
-def socket_address(address: str, port: int) -> Any:
+def socket_address(address: str, port: int) -> tuple[bytes, int]:
     """
-    Pack an IP literal and a port as a `struct sockaddr`.
+    The same of an IP literal, with its size.
     """
-    if ":" in address:
-        family = socket.AF_INET6.to_bytes(2, "little")
-        packed = socket.inet_pton(socket.AF_INET6, address)
-        data = family + port.to_bytes(2, "big") + bytes(4) + packed + bytes(4)
-    else:
-        family = socket.AF_INET.to_bytes(2, "little")
-        data = family + port.to_bytes(2, "big") + socket.inet_pton(socket.AF_INET, address)
-        data += bytes(8)
-    return ffi.new("unsigned char[]", data), len(data)
+    data = pack_address(*_pack((address, port)))
+    return data, len(data)
+
+
+def _pack(address: Address) -> tuple[bytes, int]:
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    return socket.inet_pton(family, address[0]), address[1]
 
 
 class Connection:
@@ -131,6 +155,7 @@ class Connection:
     """
 
     __slots__ = (
+        "_client",
         "_connecting",
         "_header",
         "_hello_reader",
@@ -140,7 +165,9 @@ class Connection:
         "_tries",
         "backend",
         "began",
+        "choice",
         "connect_seconds",
+        "dialled",
         "fd",
         "flow",
         "hello",
@@ -152,17 +179,19 @@ class Connection:
     def __init__(self, router: "Router", fd: int, arrival: Any, began: float) -> None:
         self._router = router
         self.fd = fd
-        self._peer = _endpoint(arrival.peer)
+        self._peer = self._client = _endpoint(arrival.peer)
         self._header = NO_HEADER
         self._hello_reader = arrival.hello
         self._timer: Timer | None = None
         self._connecting = -1
         self._tries: list[Backend] = []
         self.began = began
+        self.dialled = 0.0
         self.connect_seconds = 0.0
         self.hello = Hello()
         self.route: Route | None = None
         self.backend: Backend | None = None
+        self.choice = UNDECIDED
         self.flow: Flow | None = None
         self.refusals: list[str] = []
         self.result = ""
@@ -172,7 +201,7 @@ class Connection:
         """
         The client's address and port, as far as a trusted sender tells them.
         """
-        return self._header.source or _readable(self._peer)
+        return _readable(self._client)
 
     # --- the PROXY header of a trusted sender ---
 
@@ -196,6 +225,8 @@ class Connection:
             self._wait(self._on_header)
             return
         self._header = header
+        if header.source is not None:
+            self._client = _pack(header.source)
         self._hello_reader = lib.hello_new(header.size)
         self._peek()
 
@@ -293,52 +324,81 @@ class Connection:
             self.refuse("no_route", alert.UNRECOGNIZED_NAME)
             return
         self._tries = self._router.order(self.route)
-        self._dial()
+        self._dial_next()
 
-    def _dial(self) -> None:
-        router = self._router
-        settings = router.settings
+    def _dial_next(self) -> None:
+        """
+        Dial the next backend of the pool, from the client's address where that may be.
+        """
+        transparency = self._router.transparency
         while self._tries:
             self.backend = self._tries.pop()
-            address, size = socket_address(self.backend.address, self.backend.port)
-            fd = lib.dial(
-                address,
-                size,
-                ffi.NULL,
-                settings.receive_buffer,
-                KEEPALIVE_IDLE,
-                router.loop.epoll_fd,
-            )
-            if fd >= 0:
-                self._connecting = fd
-                self.connect_seconds = time.monotonic()
-                router.loop.handlers[fd] = self._on_connected
-                self._timer = router.loop.later(settings.connect_timeout, self._connect_timeout)
+            choice = transparency.choose(self._client[0], self.backend)
+            if choice.refuse:
+                self._router.connect_error(self, choice.reason)
+            elif self._dial(self.backend, choice):
                 return
-            router.connect_error(self, -fd)
         self.refuse("connect_failed", alert.INTERNAL_ERROR)
+
+    def _dial(self, backend: Backend, choice: Choice) -> bool:
+        """
+        Begin to connect to *backend*; tell whether there is anything to wait for.
+        """
+        router = self._router
+        settings = router.settings
+        address, size = socket_address(backend.address, backend.port)
+        source = pack_address(*self._client) if choice.transparent else ffi.NULL
+        self.choice = choice
+        self.dialled = time.monotonic()
+        fd = lib.dial(
+            address, size, source, settings.receive_buffer, KEEPALIVE_IDLE, router.loop.epoll_fd
+        )
+        if fd < 0:
+            return self._dial_again(-fd)
+        self._connecting = fd
+        router.loop.handlers[fd] = self._on_connected
+        tried = choice.transparent and router.transparency.mode(backend) == ClientIp.AUTO
+        patience = settings.transparent_timeout if tried else settings.connect_timeout
+        self._timer = router.loop.later(patience, self._connect_timeout)
+        return True
+
+    def _dial_again(self, error: int) -> bool:
+        """
+        After *error*, dial the same backend from this host's address where that is worth a try.
+
+        Of a backend that refuses, only its silence is taken for a way back that is missing: a
+        refusal may be meant for just this client.
+        """
+        backend = self.backend
+        assert backend is not None  # noqa: S101 - it was dialled
+        transparency = self._router.transparency
+        silent = error in _NO_WAY_BACK
+        if self.choice.transparent and silent and transparency.mode(backend) == ClientIp.AUTO:
+            return self._dial(backend, NO_REPLY)
+        self._router.connect_error(self, errno.errorcode.get(error, str(error)).lower())
+        return False
 
     def _connect_timeout(self) -> None:
         self._timer = None
-        self._next_backend(errno.ETIMEDOUT)
+        self._failed_to_connect(errno.ETIMEDOUT)
 
-    def _next_backend(self, error: int) -> None:
+    def _failed_to_connect(self, error: int) -> None:
         self._cancel_timer()
         self._router.loop.close(self._connecting)
         self._connecting = -1
-        self._router.connect_error(self, error)
-        self._dial()
+        if not self._dial_again(error):
+            self._dial_next()
 
     def _on_connected(self, events: int) -> None:
         if events & (select.EPOLLERR | select.EPOLLHUP):
-            self._next_backend(lib.socket_error(self._connecting) or errno.ECONNRESET)
+            self._failed_to_connect(lib.socket_error(self._connecting) or errno.ECONNRESET)
             return
         self._cancel_timer()
-        self.connect_seconds = time.monotonic() - self.connect_seconds
+        self.connect_seconds = time.monotonic() - self.dialled
         try:
             prelude = self._begin()
         except OSError as err:
-            self._next_backend(err.errno or errno.EIO)
+            self._failed_to_connect(err.errno or errno.EIO)
             return
         backend, self._connecting = self._connecting, -1
         for handoff in self._router.ladder:
@@ -465,6 +525,9 @@ class Connection:
             line["backend_port"] = self.backend.port
         if flow is not None:
             line["handoff"] = flow.handoff
+            line["client_ip"] = "transparent" if self.choice.transparent else "nat"
+            if self.choice.reason:
+                line["client_ip_reason"] = self.choice.reason
             line["connect_seconds"] = round(self.connect_seconds, 6)
             line["bytes_in"] = flow.bytes(Side.CLIENT)
             line["bytes_out"] = flow.bytes(Side.BACKEND)

@@ -152,6 +152,11 @@ class Control:
                 round(time.monotonic() - router.table_since, 3) if router.table.generation else None
             ),
             "handoff": {"chosen": router.ladder[0].name, "reason": router.ladder_reason},
+            "client_ip": {
+                "mode": router.settings.client_ip,
+                "working": router.transparency.working,
+                "reason": router.transparency.reason,
+            },
             "connections": {
                 "active": len(router.connections),
                 "total": total,

@@ -60,6 +60,11 @@ class RouterCollector(Collector):
         chosen.add_metric([router.ladder[0].name, router.ladder_reason], 1)
         yield chosen
         yield GaugeMetricFamily(
+            "sniroute_transparency_working",
+            "Whether backends can be dialled from clients' addresses.",
+            value=router.transparency.working,
+        )
+        yield GaugeMetricFamily(
             "sniroute_max_connections",
             "Connections allowed at once.",
             value=router.max_connections,
@@ -134,6 +139,12 @@ class RouterCollector(Collector):
             "Backends that did not accept.",
             ["route", "error"],
             stats.connect_errors,
+        )
+        yield _counter(
+            "sniroute_backend_connects",
+            "Backends that accepted, by whose address they see, and why if not the client's.",
+            ["client_ip", "reason"],
+            router.transparency.connects,
         )
         yield _counter(
             "sniroute_handoff_refusals",

@@ -107,23 +107,21 @@ class Plumbing:
         Lay all that is missing, and replace what an earlier router left.
 
         Raises:
-            PlumbingError: it is not possible, or something of someone else's is in the way; then
-                nothing was changed.
+            PlumbingError: it is not possible, or something of someone else's is in the way.
         """
         with _routing() as ip:
-            families = ip_versions()
-            found = {version: _read_rules(ip, version) for version in families}
-            for version in families:
-                self._look_out(ip, version, found[version])
-            for version in families:
+            found = {version: _read_rules(ip, version) for version in ip_versions()}
+            for version, rules in found.items():
+                self._look_out(ip, version, rules)
+            _nft(self._ruleset)
+            for version, rules in found.items():
                 self._clear(ip, version, keep=self._rules)
                 # the route first: a rule that leads to an empty table leads on to the next rule
                 if not _routes(ip, version, self._table):
                     _change(ip.route, "add", **_route(version, self._table))
                 for rule in self._rules:
-                    if rule not in found[version]:
+                    if rule not in rules:
                         _change(ip.rule, "add", **_fields(version, rule))
-        _nft(self._ruleset)
         # compared with from now on: how a kernel and a library write a rule back is theirs
         self._listed = _list_table()
 
@@ -189,7 +187,7 @@ class Plumbing:
             if rule.priority in {ours.priority for ours in self._rules}:
                 raise PlumbingError(f"{name} has the priority of ours: set another")
             ours, common = self._rules[0], rule.mask & self._rules[0].mask
-            if rule.mark and common and not (rule.mark ^ ours.mark) & common:
+            if common and not (rule.mark ^ ours.mark) & common:
                 raise PlumbingError(f"{name} matches our mark {ours.mark:#x}: set another")
         if any(protocol != PROTOCOL for protocol in _routes(ip, version, self._table)):
             raise PlumbingError(f"table {self._table} has IPv{version} routes: set another")

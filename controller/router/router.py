@@ -19,6 +19,7 @@ from controller.router.flow import Flow, Handoff
 from controller.router.listen import accept
 from controller.router.loop import Loop
 from controller.router.stats import Stats
+from controller.router.transparency import Transparency
 from controller.settings import Network, RouterSettings
 
 ACCEPT_BATCH: Final = 64
@@ -60,6 +61,7 @@ class Router:
         self.table_since = 0.0
         self.ladder: Sequence[Handoff] = ()
         self.ladder_reason = ""
+        self.transparency = Transparency(settings)
         self.stats = Stats()
         self.connections: set[Connection] = set()
         self.arrival: Any = ffi.new("struct arrival *")
@@ -125,16 +127,15 @@ class Router:
         self._turns[route.host] = turn + 1
         return [*backends[turn:], *backends[:turn]][::-1]
 
-    def connect_error(self, connection: Connection, error: int) -> None:
+    def connect_error(self, connection: Connection, error: str) -> None:
         """
-        Take note that a backend did not accept.
+        Take note that a backend did not accept, or may not be dialled; *error* is a word.
         """
         route, backend = connection.route, connection.backend
         assert route is not None  # noqa: S101 - a backend comes of a route
         assert backend is not None  # noqa: S101 - as above
-        word = errno.errorcode.get(error, str(error)).lower()
-        self.stats.connect_errors[route.host, word] += 1
-        log.debug("connect failed", route=route.host, backend=backend.name, error=word)
+        self.stats.connect_errors[route.host, error] += 1
+        log.debug("connect failed", route=route.host, backend=backend.name, error=error)
 
     def refused(self, handoff: str, reason: str) -> None:
         """
@@ -147,6 +148,8 @@ class Router:
         Take note that bytes move.
         """
         assert connection.route is not None  # noqa: S101 - it was handed over
+        assert connection.backend is not None  # noqa: S101 - as above
+        self.transparency.connected(connection.backend, connection.choice)
         self.stats.connected(connection.route.host, connection.connect_seconds)
 
     def ended(self, connection: Connection, reason: str) -> None:
@@ -170,6 +173,7 @@ class Router:
         """
         self.table = table
         self.table_since = self.loop.now
+        self.transparency.keep(b for route in table.routes for b in route.backends)
         hosts = {route.host for route in table.routes}
         self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
         self.stats.keep_routes(hosts | {c.route.host for c in self.connections if c.route})

@@ -86,6 +86,7 @@ def router(
         (folder / "routes.toml").write_text(_routes_file(routes, keys or {}))
         command = [
             *(str(VENV / "bin" / "sniroute"), "run", "--engine", "none", "--drain", "1"),
+            *("--client-ip", "off"),
             *("--routes", str(folder / "routes.toml"), "--control", str(control)),
             *("--listen", f"{listen[0]}:{listen[1]}", "--metrics", f"{metrics[0]}:{metrics[1]}"),
             *("--handoff", handoff, *options),

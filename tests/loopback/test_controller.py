@@ -44,6 +44,9 @@ class Engine:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.containers: dict[str, dict[str, Any]] = {}
+        self.networks: list[dict[str, Any]] = [{"Name": "bridge", "Driver": "bridge"}]
+        self.info: dict[str, Any] | None = {}
+        self.infos = 0
         self.broken = False
         self.lists: list[float] = []
         self.inspected: list[str] = []
@@ -68,6 +71,8 @@ class Engine:
             "address": address,
             "status": "running",
             "mode": "bridge",
+            "network": {},
+            "networks": {},
             **changes,
         }
 
@@ -80,6 +85,7 @@ class Engine:
         app.add_routes(
             [
                 web.get("/version", self._version),
+                web.get("/v1.41/info", self._info),
                 web.get("/v1.41/containers/json", self._list),
                 web.get("/v1.41/containers/{id}/json", self._inspect),
                 web.get("/v1.41/networks", self._networks),
@@ -125,6 +131,12 @@ class Engine:
     async def _version(self, _: web.Request) -> web.Response:
         return web.json_response({"ApiVersion": "1.41"})
 
+    async def _info(self, _: web.Request) -> web.Response:
+        self.infos += 1
+        if self.info is None:
+            return web.json_response({"message": "forbidden"}, status=403)
+        return web.json_response(self.info)
+
     async def _list(self, _: web.Request) -> web.Response:
         self.lists.append(time.monotonic())
         if self.broken:
@@ -134,7 +146,7 @@ class Engine:
         )
 
     async def _networks(self, _: web.Request) -> web.Response:
-        return web.json_response([{"Name": "bridge", "Driver": "bridge"}])
+        return web.json_response(self.networks)
 
     async def _inspect(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
@@ -142,7 +154,14 @@ class Engine:
         container = self.containers.get(name)
         if container is None:
             return web.json_response({"message": "no such container"}, status=404)
-        bridge = {"IPAddress": container["address"], "IPPrefixLen": 8, "GlobalIPv6Address": ""}
+        bridge = {
+            "IPAddress": container["address"],
+            "IPPrefixLen": 8,
+            "Gateway": "127.0.0.1",
+            "GlobalIPv6Address": "",
+            "IPv6Gateway": "",
+            **container["network"],
+        }
         return web.json_response(
             {
                 "Id": name,
@@ -151,7 +170,9 @@ class Engine:
                 "Config": {"Labels": container["labels"], "ExposedPorts": {"443/tcp": {}}},
                 "HostConfig": {"NetworkMode": container["mode"]},
                 "NetworkSettings": {
-                    "Networks": {"bridge": bridge} if container["address"] else {},
+                    "Networks": {"bridge": bridge, **container["networks"]}
+                    if container["address"]
+                    else {},
                     "Ports": None,
                 },
             }
@@ -207,6 +228,13 @@ class Router:
         Give the table served, as addresses by host.
         """
         return {route.host: [b.address for b in route.backends] for route in self.routes}
+
+    @property
+    def detours(self) -> dict[str, str]:
+        """
+        Give the detours of all backends by name.
+        """
+        return {b.name: b.detour for route in self.routes for b in route.backends}
 
     def codes(self) -> list[str]:
         """
@@ -324,6 +352,89 @@ def test_label_becomes_a_route(tmp_path: Path) -> None:
         backend = Backend("a", house.engine.url, "127.0.0.2", 443)
         assert Route("a.example.com", (backend,)) == route
         assert "b" not in house.engine.inspected
+
+    play(tmp_path, scene)
+
+
+def test_wish_for_the_client_address_reaches_the_router(tmp_path: Path) -> None:
+    """
+    How a container wants the client's address is in the table, and one bad wish is no route.
+    """
+
+    async def scene(house: House) -> None:
+        for name, version in (("a", "v2"), ("b", "v9")):
+            wishes = {"sniroute.client-ip": "nat", "sniroute.proxy-protocol": version}
+            own = {"sniroute.host": f"{name}.example.com", **wishes}
+            house.engine.run(name, "127.0.0.2", labels=own)
+        async with house.controller():
+            await until(house.router.codes, "the problem")
+
+            backend = Backend("a", house.engine.url, "127.0.0.2", 443, "nat", "v2")
+            assert (Route("a.example.com", (backend,)),) == house.router.routes
+            assert ["bad-proxy-protocol"] == house.router.codes()
+
+    play(tmp_path, scene)
+
+
+def test_ways_around_this_host_are_told(tmp_path: Path) -> None:
+    """
+    Several default routes, internal networks and the host's network are seen where they are.
+    """
+
+    async def scene(house: House) -> None:
+        engine = house.engine
+        engine.networks += [
+            {"Name": "front", "Driver": "bridge", "Internal": False},
+            {"Name": "inner", "Driver": "bridge", "Internal": True},
+        ]
+        front = {"front": {"IPAddress": "203.0.113.2", "Gateway": "203.0.113.1"}}
+        inner = {"inner": {"IPAddress": "203.0.113.2", "Gateway": "203.0.113.1"}}
+        own = {"sniroute.host": "inside.example.com", "sniroute.network": "inner"}
+        engine.run("plain", "127.0.0.2", networks=inner)
+        engine.run("two", "127.0.0.3", networks=front)
+        engine.run("preferred", "127.0.0.4", networks=front, network={"GwPriority": 1})
+        engine.run("inside", "127.0.0.5", networks=inner, labels=own)
+        engine.run("host", "", mode="host")
+        async with house.controller():
+            await until(lambda: house.router.pools, "a table")
+
+        assert {
+            "plain": "",
+            "two": "several_networks",
+            "preferred": "",
+            "inside": "internal_network",
+            "host": "host_network",
+        } == house.router.detours
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize(
+    ("info", "detour"),
+    [
+        ({"SecurityOptions": ["name=seccomp,profile=default", "name=rootless"]}, "rootless"),
+        ({"Rootless": True, "SecurityOptions": []}, "rootless"),
+        ({"Rootless": False, "SecurityOptions": None}, ""),
+        (None, ""),
+    ],
+    ids=["Docker", "Podman", "root", "forbidden"],
+)
+def test_engine_is_asked_once_whether_it_is_rootless(
+    tmp_path: Path, info: dict[str, Any] | None, detour: str
+) -> None:
+    """
+    The answer holds for a connection; without one the routes are served nevertheless.
+    """
+
+    async def scene(house: House) -> None:
+        house.engine.info = info
+        house.engine.run("a", "127.0.0.2")
+        async with house.controller(relist_interval=0.05):
+            await until(lambda: len(house.engine.lists) > 3, "several lists")
+            await until(lambda: house.router.pools, "a table")
+
+            assert {"a": detour} == house.router.detours
+            assert 1 == house.engine.infos
 
     play(tmp_path, scene)
 

@@ -73,6 +73,8 @@ def test_good_compose_file_has_no_problems(tmp_path: Path) -> None:
     [
         ("labels: {sniroute.host: a..b}", "bad-host"),
         ("labels: {sniroute.hots: a.example}", "unknown-label"),
+        ("labels: {sniroute.host: a, sniroute.port: 1, sniroute.client-ip: no}", "bad-client-ip"),
+        ("labels: {sniroute.host: a, sniroute.proxy-protocol: 2}", "bad-proxy-protocol"),
         ("labels: {sniroute.host: a.example}\n    expose: [80-81]", "ambiguous-port"),
         ("labels: {sniroute.host: a, sniroute.port: 1, sniroute.network: b}", "unknown-network"),
         ("labels: {sniroute.host: a, sniroute.port: 1}\n    networks: [lan]", "no-network"),
@@ -119,6 +121,33 @@ def test_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = compose(tmp_path, f"services:\n  web:\n    labels: {labels}\n")
 
     assert ["a.example.com"] == [route.host for route in found.routes]
+
+
+def test_words_for_the_client_address_are_read_as_yaml_has_them(tmp_path: Path) -> None:
+    """
+    An unquoted off, which YAML takes for false, is off; internal networks are seen.
+    """
+    found = compose(
+        tmp_path,
+        """
+services:
+  web:
+    labels: {sniroute.host: a, sniroute.port: 1, sniroute.proxy-protocol: off}
+    networks: [front, back]
+  db:
+    labels: {sniroute.host: b, sniroute.port: 1, sniroute.client-ip: nat}
+    networks: [back]
+networks:
+  back: {internal: true}
+""",
+    )
+
+    assert [] == [p.code.value for p in found.problems if p.code != "ambiguous-network"]
+    assert {"a": ("", "off"), "b": ("nat", "off")} == {
+        route.host: (route.backends[0].client_ip, route.backends[0].proxy_protocol)
+        for route in found.routes
+    }
+    assert "internal_network" == found.routes[1].backends[0].detour
 
 
 @pytest.mark.parametrize("text", ["services: [", "[]", "", "services: 1", "\x00"])

@@ -15,6 +15,8 @@ def show(reading: Reading) -> list[str]:
     return [
         f"route{f'[{spec.name}]' if spec.name else ''} {' '.join(spec.hosts)}"
         f" port={spec.port or '-'} network={spec.network or '-'}"
+        + (f" client-ip={spec.client_ip}" if spec.client_ip else "")
+        + (f" proxy-protocol={spec.proxy_protocol}" if spec.proxy_protocol != "off" else "")
         for spec in reading.specs
     ] + [f"{p.code} {p.label}={p.value}: {p.detail}" for p in reading.problems]
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from controller.core.plan import Changes, Container, Network, carry, diff, plan, pool
 from controller.core.problems import Severity
-from controller.core.routes import Backend, Route
+from controller.core.routes import Backend, Detour, Route
 
 
 def net(name: str = "web", address: str = "198.51.100.2", **changes: object) -> Network:
-    network = Network(name, address, "", "bridge", reachable=True)
+    network = Network(name, address, "", "bridge", reachable=True, gateway="198.51.100.1")
     return replace(network, **changes)
 
 
@@ -192,6 +192,87 @@ def test_ipv4_comes_before_ipv6() -> None:
     assert "2001:db8::2" == only_backend(box("app", only6)).address
 
 
+@pytest.mark.parametrize(
+    ("container", "detour"),
+    [
+        (box(), Detour.NONE),
+        (box(networks=(), mode="host"), Detour.HOST_NETWORK),
+        (box(rootless=True), Detour.ROOTLESS),
+        (box("app", net(driver="macvlan", reachable=False)), Detour.MACVLAN),
+        (box("app", net(driver="ipvlan", reachable=False)), Detour.IPVLAN),
+        (box("app", net(driver="overlay", reachable=False)), Detour.OVERLAY),
+        (box("app", net(internal=True)), Detour.INTERNAL_NETWORK),
+        (box("app", net(reachable=False)), Detour.NOT_LOCAL),
+        (box("app", net(), net("b")), Detour.SEVERAL_NETWORKS),
+        (box("app", net(), net("b", driver="macvlan")), Detour.SEVERAL_NETWORKS),
+        (box("app", net(), net("b", priority=-1)), Detour.NONE),
+        (box("app", net(priority=1), net("b"), net("c")), Detour.NONE),
+        (box("app", net(priority=1), net("b", priority=1)), Detour.SEVERAL_NETWORKS),
+        (box("app", net(), net("b", priority=1)), Detour.SEVERAL_NETWORKS),
+        (box("app", net(), net("b", internal=True, priority=1)), Detour.NONE),
+        (box("app", net(), net("b", gateway="", gateway6="2001:db8::1")), Detour.NONE),
+        (box("app", net(gateway="", priority=1), net("b")), Detour.SEVERAL_NETWORKS),
+        (
+            box("app", net(address="", address6="2001:db8::2", gateway6="2001:db8::1"), net("b")),
+            Detour.NONE,
+        ),
+        (
+            box("app", net(address="", address6="2001:db8::2"), net("b", gateway6="2001:db8::3")),
+            Detour.SEVERAL_NETWORKS,
+        ),
+    ],
+)
+def test_detour_is_why_replies_may_not_come_back_here(container: Container, detour: Detour) -> None:
+    """
+    A detour is the first reason for which the way to strangers is not through the network taken.
+    """
+    container = replace(container, labels=labels(host="a.example.com", network="web"))
+
+    assert detour == only_backend(container).detour
+
+
+def test_joined_container_takes_the_detours_of_its_owner() -> None:
+    """
+    What counts is the network that the container lives in, not its own.
+    """
+    owner = box("owner", net(), net("b"), labels={})
+    container = box(
+        networks=(), mode="container:id-owner", labels=labels(host="a.b", network="web")
+    )
+
+    assert Detour.SEVERAL_NETWORKS == only_backend(container, owner).detour
+
+
+def test_backends_of_one_host_keep_their_own_settings() -> None:
+    """
+    Containers of a pool may differ in how they want the client's address.
+    """
+    plain = box("a")
+    proxied = box("b", net(address="198.51.100.3"))
+    proxied = replace(
+        proxied,
+        labels={**proxied.labels, "sniroute.client-ip": "nat", "sniroute.proxy-protocol": "v2"},
+    )
+
+    (route,) = plan([plain, proxied]).routes
+
+    assert [("a", "", "off"), ("b", "nat", "v2")] == [
+        (backend.name, backend.client_ip, backend.proxy_protocol) for backend in route.backends
+    ]
+
+
+@pytest.mark.parametrize("key", ["client-ip", "proxy-protocol"])
+def test_backend_never_gets_the_client_in_a_way_it_did_not_ask_for(key: str) -> None:
+    """
+    A container whose wish can not be read is left out of the pool; the others serve.
+    """
+    bad = box("b", net(address="198.51.100.3"))
+    bad = replace(bad, labels={**bad.labels, f"sniroute.{key}": "v9"})
+
+    assert "a" == only_backend(box("a"), bad).name
+    assert [f"bad-{key}"] == codes(box("a"), bad)
+
+
 def test_containers_of_one_host_form_a_pool() -> None:
     """
     Containers and static backends with one host are one route; one address occurs once.
@@ -247,7 +328,11 @@ _good = st.builds(
     ),
     labels=st.fixed_dictionaries(
         {"sniroute.host": st.sampled_from(["a.example.com", "*.example.com, *", "b.example.com"])},
-        optional={"sniroute.port": st.sampled_from(["443", "x"]), "sniroute.bad": st.just("1")},
+        optional={
+            "sniroute.port": st.sampled_from(["443", "x"]),
+            "sniroute.proxy-protocol": st.sampled_from(["v1", "x"]),
+            "sniroute.bad": st.just("1"),
+        },
     ),
     ports=st.frozensets(st.sampled_from([80, 443, 8443])),
     mode=st.sampled_from(["x", "host", "container:id-a"]),

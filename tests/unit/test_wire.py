@@ -28,7 +28,7 @@ ROUTES = (
         "*.example.com",
         (
             Backend("app", "docker", "198.51.100.2", 443),
-            Backend("b", "file", "2001:db8::1", 8443),
+            Backend("b", "file", "2001:db8::1", 8443, "transparent", "v2", "several_networks"),
         ),
     ),
     Route("app.example.com", (Backend("app", "docker", "198.51.100.2", 443),)),
@@ -88,6 +88,18 @@ def test_line_without_end_is_refused() -> None:
         list(decoder.feed(b"x"))
 
 
+def test_old_backend_is_refused() -> None:
+    """
+    A backend that does not say how it wants the client's address is refused, not guessed.
+    """
+    for member in ("client_ip", "proxy_protocol", "detour"):
+        routes = dump_routes(ROUTES)
+        del routes[0]["backends"][0][member]
+
+        with pytest.raises(WireError, match=rf"routes\[0\].backends\[0\]: missing.*{member}"):
+            read_routes(routes)
+
+
 def _broken(path: list[Any], value: Any) -> list[Any]:
     routes = json.loads(json.dumps(dump_routes(ROUTES)))
     at = routes
@@ -113,6 +125,12 @@ def _broken(path: list[Any], value: Any) -> list[Any]:
         ([0, "backends", 1, "port"], True, "routes[0].backends[1].port"),
         ([0, "backends", 1, "port"], "443", "routes[0].backends[1].port"),
         ([0, "backends", 1, "name"], 1, "routes[0].backends[1].name"),
+        ([0, "backends", 1, "client_ip"], "off", "routes[0].backends[1].client_ip"),
+        ([0, "backends", 1, "client_ip"], None, "routes[0].backends[1].client_ip"),
+        ([0, "backends", 1, "proxy_protocol"], "", "routes[0].backends[1].proxy_protocol"),
+        ([0, "backends", 1, "proxy_protocol"], 2, "routes[0].backends[1].proxy_protocol"),
+        ([0, "backends", 1, "detour"], "mobius", "routes[0].backends[1].detour"),
+        ([0, "backends", 1, "detour"], [], "routes[0].backends[1].detour"),
     ],
 )
 def test_bad_member_is_named(path: list[Any], value: Any, where: str) -> None:

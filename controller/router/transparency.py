@@ -1,0 +1,142 @@
+"""
+The client's own address at the backend: whether a connection may be dialled from it.
+
+What is possible by nature decides `core.clientip`; this adds what only time tells.  A backend that
+does not answer to a client's address but to ours is remembered until it changes, unless it has
+answered to a client's address before: then the fault is not its way back.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Final
+
+import structlog
+
+from controller.core.clientip import Choice, Network, choose
+from controller.core.routes import Backend
+from controller.router.plumbing import Plumbing, PlumbingError, Watch
+from controller.settings import ClientIp, RouterSettings
+
+log = structlog.get_logger()
+
+_OFF: Final = Choice(transparent=False, reason="off")
+_REQUIRED: Final = Choice(transparent=False, reason="off", refuse=True)
+
+
+class Transparency:
+    """
+    The plumbing, and what is known of backends; also without any, where it is switched off.
+
+    *connects* counts dials that succeeded, by `transparent` or `nat`, and why.
+    """
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._settings = settings
+        self._plumbing: Plumbing | None = None
+        self._watch: Watch | None = None
+        self._no_reply: set[Backend] = set()
+        self._proven: set[Backend] = set()
+        self._told: set[tuple[Backend, str]] = set()
+        self.working = False
+        self.reason = "off"
+        self.connects: Counter[tuple[str, str]] = Counter()
+
+    def start(self) -> None:
+        """
+        Lay the plumbing, unless switched off; what stands in its way is a reason, no error.
+        """
+        settings = self._settings
+        if settings.client_ip == ClientIp.OFF:
+            return
+        try:
+            plumbing = Plumbing(
+                settings.transparent_mark,
+                settings.transparent_mask,
+                settings.transparent_table,
+                settings.transparent_priority,
+            )
+            plumbing.install()
+            self._plumbing = plumbing
+            self._watch = Watch(plumbing, self._say)
+            self._watch.start()
+            self._say(True, "plumbing laid")
+        except PlumbingError as err:
+            self._say(False, str(err))
+
+    def stop(self) -> None:
+        """
+        Take the plumbing away.
+        """
+        if self._watch is not None:
+            self._watch.stop()
+        if self._plumbing is not None:
+            try:
+                self._plumbing.remove()
+            except PlumbingError as err:
+                log.warning("plumbing left behind", reason=str(err))
+
+    def _say(self, ok: bool, reason: str) -> None:  # noqa: FBT001 - the callback of `Watch`
+        # may run in the watch's thread: each step is a single assignment or call
+        if ok and not self.working:
+            self._no_reply.clear()
+        self.working = ok
+        self.reason = reason
+        (log.info if ok else log.warning)("transparency", working=ok, reason=reason)
+
+    def mode(self, backend: Backend) -> str:
+        """
+        How *backend* is to be dialled: its own wish, or the router's setting.
+        """
+        return backend.client_ip or self._settings.client_ip
+
+    def choose(self, client: bytes, backend: Backend) -> Choice:
+        """
+        Choose for a connection from *client*, a packed address, to *backend*.
+        """
+        mode = self.mode(backend)
+        if self._settings.client_ip == ClientIp.OFF:
+            # a backend that must see the client is not to be reached as someone else
+            return _REQUIRED if mode == ClientIp.TRANSPARENT else _OFF
+        choice = choose(
+            mode,
+            client,
+            backend.address,
+            self._watch.network if self._watch is not None else Network(),
+            working=self.working,
+            detour=backend.detour,
+            learned=backend in self._no_reply,
+        )
+        if mode == ClientIp.AUTO and not choice.transparent:
+            self._tell(backend, choice.reason)
+        return choice
+
+    def connected(self, backend: Backend, choice: Choice) -> None:
+        """
+        Take note that *backend* accepted.
+        """
+        if choice.transparent:
+            self.connects["transparent", ""] += 1
+            self._proven.add(backend)
+            return
+        self.connects["nat", choice.reason] += 1
+        if choice is NO_REPLY and backend not in self._proven:
+            self._no_reply.add(backend)
+            self._tell(backend, choice.reason)
+
+    def keep(self, backends: Iterable[Backend]) -> None:
+        """
+        Forget all but *backends*: a changed backend begins anew.
+        """
+        kept = set(backends)
+        self._no_reply &= kept
+        self._proven &= kept
+        self._told = {(backend, reason) for backend, reason in self._told if backend in kept}
+
+    def _tell(self, backend: Backend, reason: str) -> None:
+        if (backend, reason) not in self._told:
+            self._told.add((backend, reason))
+            log.info("client address not passed on", backend=backend.name, reason=reason)
+
+
+NO_REPLY: Final = Choice(transparent=False, reason="no_reply")
+"""An ordinary connection after one from the client's address that was not answered."""

@@ -1,0 +1,123 @@
+"""
+Settings: every field means the same as a flag, in the environment, and on the way to a child.
+"""
+
+from typing import Any
+
+import pytest
+from harness.values import OTHER
+from pydantic import ValidationError
+
+from controller.settings import (
+    CommonSettings,
+    ControllerSettings,
+    RouterSettings,
+    RunSettings,
+)
+
+BAD: dict[str, tuple[Any, ...]] = {
+    "log_level": ("loud", ""),
+    "engine": ("", ",", []),
+    "listen": ("", ",", []),
+    "relist_interval": (0, -1, "soon", "inf", "nan", 1e9),
+    "handoff": ("packet", "SOCKMAP "),
+    "hello_timeout": (0, -1, "inf", "nan", 1e9),
+    "hello_limit": (0, 4095, 256 * 1024 + 1, "much"),
+    "connect_timeout": (0, "inf", "nan", 1e9),
+    "drain": (-1, "inf", "nan", 1e9),
+    "backlog_limit": (65535, "1GiB"),
+    "receive_buffer": (131071, "1GiB"),
+    "max_connections": (-1, 1.5, "all"),
+    "access_log": ("perhaps",),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Settings of the one who runs the tests do not count.
+    """
+    for name in RunSettings.model_fields:
+        monkeypatch.delenv(f"SNIROUTE_{name.upper()}", raising=False)
+
+
+def test_every_field_is_tried() -> None:
+    """
+    A new field gets a value here, which differs from its default.
+    """
+    defaults = RunSettings().model_dump()
+
+    assert set(RunSettings.model_fields) == set(OTHER)
+    assert not [name for name, value in OTHER.items() if value == defaults[name]]
+
+
+@pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "others"])
+def test_settings_come_back_from_the_environment(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A child that reads the environment we write has exactly our settings.
+    """
+    settings = RunSettings(**values)
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+
+    assert settings == RunSettings()
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_each_field_comes_back_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Each field is read from its own variable, and changes nothing else.
+    """
+    written = RunSettings(**{name: OTHER[name]}).environment()[f"SNIROUTE_{name.upper()}"]
+    monkeypatch.setenv(f"SNIROUTE_{name.upper()}", written)
+
+    assert RunSettings(**{name: OTHER[name]}) == RunSettings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [(ControllerSettings, "engine"), (RouterSettings, "listen")],
+    ids=["engine", "listen"],
+)
+@pytest.mark.parametrize(
+    "value",
+    ["a, b", ["a", "b"], ["a,b"], ("a", "b,")],
+    ids=["commas", "repeated", "commas in a flag", "both"],
+)
+def test_a_list_is_repeated_or_comma_separated(
+    settings: type[CommonSettings], name: str, value: object
+) -> None:
+    """
+    Both ways to write a list mean the same, together too.
+    """
+    assert getattr(settings(**{name: value}), name) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
+def test_a_bad_value_is_refused_by_name(name: str, value: object) -> None:
+    """
+    A value out of bounds is refused, and the error tells which field it is.
+    """
+    with pytest.raises(ValidationError) as refused:
+        RunSettings(**{name: value})
+
+    assert [(name,)] == [error["loc"] for error in refused.value.errors()]
+
+
+def test_sizes_may_have_units() -> None:
+    """
+    Sizes are read as people write them.
+    """
+    assert RouterSettings(backlog_limit="2MiB").backlog_limit == 2 * 1024 * 1024
+
+
+def test_settings_do_not_change() -> None:
+    """
+    Settings are a value.
+    """
+    with pytest.raises(ValidationError, match="frozen"):
+        RouterSettings().drain = 1

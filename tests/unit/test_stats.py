@@ -1,0 +1,92 @@
+"""
+Counting: histograms as Prometheus reads them, and routes that are forgotten.
+"""
+
+from controller.core.routes import Backend, Route
+from controller.router.connection import Connection, Hello
+from controller.router.flow import Flow
+from controller.router.stats import NO_ROUTE, Histogram, Stats
+
+ROUTE = Route("app.example.com", (Backend("app", "docker", "198.51.100.2", 443),))
+
+
+class StillFlow(Flow):
+    """
+    A flow that has moved 3 bytes in and 5 out, and has ended.
+    """
+
+    handoff = "relay"
+
+    def __init__(self) -> None:
+        super().__init__(None, 0, 0, lambda _: None)
+        self.session.failed("client_rst")
+
+    def bytes(self, side: int) -> int:  # noqa: D102 - as the base class's
+        return (3, 5)[side]
+
+
+def ended_connection(result: str, route: Route | None, flow: Flow | None) -> Connection:
+    connection = Connection.__new__(Connection)
+    connection.result, connection.route, connection.flow = result, route, flow
+    connection.hello = Hello(size=517, seconds=0.002)
+    return connection
+
+
+def test_a_histogram_is_cumulative() -> None:
+    """
+    A value on a bound is counted below it, and each bucket holds all smaller ones.
+    """
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 99.0):
+        histogram.observe(value)
+
+    assert [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)] == histogram.buckets()
+    assert histogram.sum == 102.0
+
+
+def test_a_connection_is_counted_by_route_and_result() -> None:
+    """
+    A handed-over connection counts its result, the reason of its end, and its bytes each way.
+    """
+    stats = Stats()
+
+    stats.ended(ended_connection("forwarded", ROUTE, StillFlow()))
+
+    assert {("app.example.com", "forwarded"): 1} == stats.connections
+    assert {"client_rst": 1} == stats.reasons
+    assert stats.bytes == {
+        ("app.example.com", "in", "relay"): 3,
+        ("app.example.com", "out", "relay"): 5,
+    }
+    assert stats.hello_size.sum == 517
+
+
+def test_a_connection_without_a_route_has_an_empty_one() -> None:
+    """
+    What was refused before it had a route is counted under the empty route, and moved no bytes.
+    """
+    stats = Stats()
+
+    stats.ended(ended_connection("no_sni", None, None))
+
+    assert {(NO_ROUTE, "no_sni"): 1} == stats.connections
+    assert {} == stats.bytes
+
+
+def test_routes_that_are_no_more_are_forgotten() -> None:
+    """
+    Names that come and go cost no memory: only the counts of kept routes and of none stay.
+    """
+    stats = Stats()
+    for host in ("kept.example.com", "gone.example.com", NO_ROUTE):
+        stats.connections[host, "forwarded"] += 1
+        stats.bytes[host, "in", "relay"] += 1
+        stats.connect_errors[host, "econnrefused"] += 1
+        stats.connected(host, 0.001)
+
+    stats.keep_routes(["kept.example.com"])
+
+    kept = {"kept.example.com", NO_ROUTE}
+    counters = (stats.connections, stats.bytes, stats.connect_errors)
+    assert [kept] * 3 == [{key[0] for key in counter} for counter in counters]
+    assert kept == set(stats.connect_seconds)
