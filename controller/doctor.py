@@ -68,7 +68,7 @@ def examine_host(settings: RunSettings) -> list[Finding]:
         return [read_finding(fields) for fields in json.loads(done.stdout)]
     except subprocess.TimeoutExpired:
         return [Finding("router", State.BROKEN, f"its checks take more than {ROUTER_TIMEOUT} s")]
-    except (ValueError, TypeError):
+    except (KeyError, TypeError, ValueError):
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         detail = f"its code does not run here, exit status {done.returncode}: {last}"
         return [

@@ -41,6 +41,7 @@ class Child:
     name: str
     module: str
     process: subprocess.Popen[bytes] | None = None
+    starts: int = 0
     started: float = 0.0
     wait: float = FIRST_WAIT
     due: float = field(default_factory=time.monotonic)
@@ -49,6 +50,7 @@ class Child:
         """
         Start it, now.
         """
+        self.starts += 1
         self.started = time.monotonic()
         self.process = subprocess.Popen(  # noqa: S603 - our own modules
             [sys.executable, "-m", self.module],
@@ -95,20 +97,17 @@ def run(settings: RunSettings) -> int:
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
     # blocked and waited for: a signal is never missed and never interrupts anything
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    served = False
     while True:
         for child in children:
             status = child.reap()
             if status is not None:
                 lived = time.monotonic() - child.started
                 logger.error("ended", child=child.name, status=status, seconds=round(lived, 1))
-                if child.name == "router" and not served and lived < LIVED:
+                if child.name == "router" and child.starts == 1 and status > 0 and lived < LIVED:
                     _stop(children, settings.drain)
                     return 1
             if child.process is None and child.due <= time.monotonic():
                 child.start(environment)
-        router = children[0]
-        served = served or (router.process is not None and time.monotonic() - router.started > 1)
         waits = [child.due - time.monotonic() for child in children if child.process is None]
         caught = signal.sigtimedwait(signals, max(0.0, min(waits, default=1.0)))
         if caught is not None and caught.si_signo != signal.SIGCHLD:

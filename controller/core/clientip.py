@@ -73,7 +73,7 @@ class Network:
     @property
     def addresses(self) -> frozenset[Address]:
         """
-        This host's own addresses.
+        The host's own addresses.
         """
         return _addresses(self)
 

@@ -43,6 +43,19 @@ _BACKEND = {field.name for field in fields(Backend)}
 _DETOURS = frozenset(map(str, Detour))
 
 
+_ENGINE = {
+    "name": str,
+    "url": str,
+    "connected": bool,
+    "containers": int,
+    "last_list": float | int | None,
+    "events": int,
+    "lists": int,
+    "failed_lists": int,
+}
+_PROBLEM = dict.fromkeys(("code", "severity", "container", "label", "value", "detail"), str)
+
+
 class WireError(ValueError):
     """
     The peer sent something that is not a message of this protocol.
@@ -183,26 +196,11 @@ def read_report(message: Message) -> Message:
         WireError: names the member that is wrong.
     """
     _members(message, "report", {"type", "engines", "problems"})
-    engine = {
-        "name",
-        "url",
-        "connected",
-        "containers",
-        "last_list",
-        "events",
-        "lists",
-        "failed_lists",
-    }
-    problem = {"code", "severity", "container", "label", "value", "detail"}
     return {
-        "engines": [
-            _members(item, f"engines[{i}]", engine)
-            for i, item in enumerate(_list(message["engines"], "engines"))
-        ],
-        "problems": [
-            _members(item, f"problems[{i}]", problem)
-            for i, item in enumerate(_list(message["problems"], "problems"))
-        ],
+        name: [
+            _typed(item, f"{name}[{i}]", types) for i, item in enumerate(_list(message[name], name))
+        ]
+        for name, types in (("engines", _ENGINE), ("problems", _PROBLEM))
     }
 
 
@@ -244,6 +242,14 @@ def _members(value: object, where: str, names: set[str]) -> Message:
         odd = sorted(value.keys() ^ names)
         raise WireError(f"{where}: missing or unknown: {', '.join(map(str, odd))}")
     return value
+
+
+def _typed(value: object, where: str, types: dict[str, Any]) -> Message:
+    entry = _members(value, where, set(types))
+    for name, kind in types.items():
+        if not isinstance(entry[name], kind):
+            raise WireError(f"{where}.{name}: not {kind}: {entry[name]!r}")
+    return entry
 
 
 def _list(value: object, where: str) -> list[Any]:

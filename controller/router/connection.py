@@ -12,11 +12,8 @@ Rules of this file:
 import errno
 import os
 import select
-import socket
-import sys
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from controller.core import alert
@@ -35,6 +32,13 @@ from controller.core.proxyprotocol import (
 from controller.core.routes import Backend, Route
 from controller.core.session import Side
 from controller.router._native import ffi, lib
+from controller.router.address import (
+    backend_address,
+    pack,
+    read_endpoint,
+    readable,
+    socket_address,
+)
 from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused
 from controller.router.loop import Handler, Timer
 from controller.router.transparency import NO_REPLY
@@ -99,12 +103,6 @@ class Hello:
     seconds: float = 0.0
 
 
-def _readable(endpoint: tuple[bytes, int]) -> Address:
-    packed, port = endpoint
-    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6  # noqa: PLR2004 - bytes of an IPv4 address
-    return socket.inet_ntop(family, packed), port
-
-
 def _send(fd: int, data: bytes) -> int:
     """
     Send what *fd* takes of *data* now.
@@ -116,37 +114,6 @@ def _send(fd: int, data: bytes) -> int:
     if sent < 0:
         raise OSError(-sent, os.strerror(-sent))
     return int(sent)
-
-
-def _endpoint(native: Any) -> tuple[bytes, int]:
-    """
-    Read a `struct endpoint`: the packed address, and the port.
-    """
-    return ffi.buffer(native.address, native.size)[:], native.port
-
-
-def pack_address(packed: bytes, port: int) -> bytes:
-    """
-    Write a packed address and a port as a `struct sockaddr_in` or `sockaddr_in6`.
-    """
-    if len(packed) == 4:  # noqa: PLR2004 - bytes of an IPv4 address
-        return socket.AF_INET.to_bytes(2, sys.byteorder) + port.to_bytes(2) + packed + bytes(8)
-    family = socket.AF_INET6.to_bytes(2, sys.byteorder)
-    return family + port.to_bytes(2) + bytes(4) + packed + bytes(4)
-
-
-@lru_cache(4096)
-def socket_address(address: str, port: int) -> tuple[bytes, int]:
-    """
-    The same of an IP literal, with its size.
-    """
-    data = pack_address(*_pack((address, port)))
-    return data, len(data)
-
-
-def _pack(address: Address) -> tuple[bytes, int]:
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    return socket.inet_pton(family, address[0]), address[1]
 
 
 class Connection:
@@ -179,7 +146,7 @@ class Connection:
     def __init__(self, router: "Router", fd: int, arrival: Any, began: float) -> None:
         self._router = router
         self.fd = fd
-        self._peer = self._client = _endpoint(arrival.peer)
+        self._peer = self._client = read_endpoint(arrival.peer)
         self._header = NO_HEADER
         self._hello_reader = arrival.hello
         self._timer: Timer | None = None
@@ -201,7 +168,7 @@ class Connection:
         """
         The client's address and port, as far as a trusted sender tells them.
         """
-        return _readable(self._client)
+        return readable(self._client)
 
     # --- the PROXY header of a trusted sender ---
 
@@ -226,7 +193,7 @@ class Connection:
             return
         self._header = header
         if header.source is not None:
-            self._client = _pack(header.source)
+            self._client = pack(header.source)
         self._hello_reader = lib.hello_new(header.size)
         self._peek()
 
@@ -346,12 +313,17 @@ class Connection:
         """
         router = self._router
         settings = router.settings
-        address, size = socket_address(backend.address, backend.port)
-        source = pack_address(*self._client) if choice.transparent else ffi.NULL
+        address = backend_address(backend.address, backend.port)
+        source = socket_address(*self._client) if choice.transparent else ffi.NULL
         self.choice = choice
         self.dialled = time.monotonic()
         fd = lib.dial(
-            address, size, source, settings.receive_buffer, KEEPALIVE_IDLE, router.loop.epoll_fd
+            address,
+            len(address),
+            source,
+            settings.receive_buffer,
+            KEEPALIVE_IDLE,
+            router.loop.epoll_fd,
         )
         if fd < 0:
             return self._dial_again(-fd)
@@ -443,7 +415,7 @@ class Connection:
         if local is None:
             endpoint = self._router.arrival.peer
             lib.local_endpoint(self.fd, ffi.addressof(endpoint))
-            local = _readable(_endpoint(endpoint))
+            local = readable(read_endpoint(endpoint))
         hello = self.hello
         return write_header(
             cast("Version", backend.proxy_protocol),
@@ -516,7 +488,7 @@ class Connection:
             "duration": round(time.monotonic() - self.began, 6),
         }
         if self._header.size:
-            line["sender"], line["sender_port"] = _readable(self._peer)
+            line["sender"], line["sender_port"] = readable(self._peer)
         if self.route is not None:
             line["route"] = self.route.host
         if self.backend is not None:

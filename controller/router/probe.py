@@ -1,10 +1,10 @@
 """
 Prove in a private network that a backend can be dialled from a foreign address.
 
-`python -m controller.router.probe` builds a host and a container in network namespaces of its own,
-lays the very same plumbing there, dials from a foreign address, and prints what came of it.  Nothing
-on the machine's own network is read or changed.  Namespaces end with the process that made them, and
-that ends with its parent, so nothing is left however it ends.
+`python -m controller.router.probe` builds a host and a container in network namespaces of its
+own, lays the very same plumbing there, dials from a foreign address, and prints what came of it.
+Nothing on the machine's own network is read or changed.  The namespaces end with the process, and
+the process with its parent: nothing is left, however it ends.
 
 A process of its own, because a user namespace, which stands in where CAP_SYS_ADMIN is missing, can
 only be entered by a process with one thread.
@@ -21,7 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -47,6 +47,7 @@ REPLY: Final = 0.3
 HOST: Final = {4: "192.0.2.1", 6: "2001:db8::1"}
 CONTAINER: Final = {4: "192.0.2.2", 6: "2001:db8::2"}
 LENGTH: Final = {4: 24, 6: 64}
+CABLE: Final = "cable0"
 CLIENT: Final = {4: "198.51.100.1", 6: "2001:db8:1::1"}
 
 TRANSPARENT: Final = {4: (socket.SOL_IP, 19), 6: (socket.IPPROTO_IPV6, 75)}
@@ -153,35 +154,36 @@ def _plug(host: int, container: int) -> None:
     """
     Join *host*, where we are, and *container*, which leads all replies to it.
     """
-    with IPRoute() as ip:
-        ip.link("add", ifname="out0", kind="veth", peer={"ifname": "in0", "net_ns_fd": container})
-        _furnish(ip, "out0", HOST)
-    with _within(container, host), IPRoute() as ip:
-        _furnish(ip, "in0", CONTAINER)
+    cable = {"kind": "veth", "ifname": CABLE, "peer": {"ifname": CABLE, "net_ns_fd": container}}
+    with IPRoute() as outer, _within(container, host), IPRoute() as inner:
+        outer.link("add", **cable)
+        ends = ((outer, HOST), (inner, CONTAINER))
+        # both ends before any address: IPv6 does nothing yet on a cable with one end
+        for ip, _ in ends:
+            for index in (LOOPBACK, *ip.link_lookup(ifname=CABLE)):
+                ip.link("set", index=index, state="up")
         for version in ip_versions():
-            ip.route(
-                "add", family=FAMILIES[version], dst=EVERYTHING[version], gateway=HOST[version]
-            )
+            for ip, addresses in ends:
+                _address(ip, addresses[version], LENGTH[version])
+            default = {"family": FAMILIES[version], "dst": EVERYTHING[version]}
+            inner.route("add", gateway=HOST[version], **default)
+            if version == 6:  # noqa: PLR2004 - IPv6
+                # who looks for a neighbour in the name of a foreign address asks from this one
+                _address(outer, "fe80::1", LENGTH[version])
 
 
-def _furnish(ip: IPRoute, name: str, addresses: Mapping[int, str]) -> None:
-    index = ip.link_lookup(ifname=name)[0]
-    for link in (LOOPBACK, index):
-        ip.link("set", index=link, state="up")
-    for version in ip_versions():
-        fields = {"address": addresses[version], "prefixlen": LENGTH[version]}
-        # no duplicate can be there, and to look for one takes a second
-        ip.addr("add", index=index, flags=_NODAD, **fields)
+def _address(ip: IPRoute, address: str, length: int) -> None:
+    (index,) = ip.link_lookup(ifname=CABLE)
+    # no duplicate can be there, and to look for one takes a second
+    ip.addr("add", index=index, address=address, prefixlen=length, flags=_NODAD)
 
 
 def main() -> None:
     """
     Print a ProbeResult as JSON.
     """
-    parent = os.getppid()
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == parent:
-        print(json.dumps(asdict(_probe())))
+    print(json.dumps(asdict(_probe())))
 
 
 if __name__ == "__main__":
