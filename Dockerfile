@@ -25,7 +25,7 @@ RUN make bpf \
 FROM ${BASE}
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-      libbpf1 libssl3t64 python3 \
+      libbpf1 libnftables1 libssl3t64 python3 \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/sniroute /opt/sniroute
 ENV PATH=/opt/sniroute/bin:$PATH

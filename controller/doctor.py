@@ -90,7 +90,7 @@ async def examine_engines(settings: RunSettings) -> list[Finding]:
         Finding(
             "engine",
             State.BROKEN,
-            f"{'no socket in the usual places' if auto else 'none'} and no routes file:"
+            f"{'no socket in the usual places' if auto else 'none asked for'} and no routes file:"
             " there is nothing to route to",
             "start an engine, or name --engine or --routes; in a container, mount the socket",
         )

@@ -8,6 +8,7 @@ off, nat       nobody asked for it
 family         the client has IPv4 and the backend IPv6, or the other way round
 unavailable    the plumbing does not stand, or not for this family
 own_host       the client is this host, so its address is taken
+not_unicast    a trusted sender told of a client that no one can be
 link_local     the client's address means nothing beyond one link
 same_network   the backend sees the client on its own network, and would answer it directly
 no_reply       it was tried, and no reply came
@@ -70,13 +71,6 @@ class Network:
     interfaces: frozenset[Interface] = frozenset()
     families: frozenset[int] = frozenset({4, 6})
 
-    @property
-    def addresses(self) -> frozenset[Address]:
-        """
-        The host's own addresses.
-        """
-        return _addresses(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -122,6 +116,8 @@ def choose(  # noqa: PLR0911 - one return for each reason
         return Choice(transparent=False, reason="unavailable")
     if source.is_loopback or source in _addresses(network):
         return Choice(transparent=False, reason="own_host")
+    if source.is_multicast or source.is_unspecified:
+        return Choice(transparent=False, reason="not_unicast")
     if source.is_link_local:
         return Choice(transparent=False, reason="link_local")
     if any(source in shared for shared in _shared(network, target)):

@@ -9,6 +9,7 @@ Rules of this file:
 3. A finding is broken only if a router with these settings can not serve.
 """
 
+import contextlib
 import errno
 import functools
 import ipaddress
@@ -38,9 +39,9 @@ from controller.router.loop import Loop
 from controller.router.plumbing import (
     FAMILIES,
     HOOK,
+    TABLE,
     Plumbing,
     PlumbingError,
-    _list_table,
     _nft,
     _read_rules,
     _routing,
@@ -208,7 +209,7 @@ def program(host: Host) -> Finding:
             host,
             "BPF program",
             "\n".join([f"refused: {err.strerror}", *lines]),
-            "the capabilities above"
+            "the capabilities that are missing"
             if permission
             else "a newer kernel, with CONFIG_BPF_STREAM_PARSER",
         )
@@ -223,13 +224,14 @@ def sockmap(host: Host) -> Finding:
         with Splice() as splice:
             why = _prove(loop, SockmapHandoff(loop, splice, host.settings.backlog_limit))
     except KernelError:
-        why = "the BPF program does not load"
+        detail = "not tried, since the BPF program does not load; bytes are copied in user space"
+        return _hindered(host, "hand-off sockmap", detail, "as for the BPF program")
     if not why:
         return Finding("hand-off sockmap", State.FINE, "self-test passed: the kernel moves bytes")
     return _hindered(
         host,
         "hand-off sockmap",
-        f"does not work here: {why}; bytes are copied in user space",
+        f"self-test failed: {why}; bytes are copied in user space",
         "a newer kernel; --handoff relay says that this is meant",
     )
 
@@ -275,8 +277,9 @@ def capabilities(host: Host) -> Finding:
     first_port = int(_read(PROC_SYS / "ipv4/ip_unprivileged_port_start") or 1024)
     needed = set() if host.settings.handoff == HandoffChoice.RELAY else set(CAPABILITIES)
     needed |= set() if host.settings.client_ip == ClientIp.OFF else {"NET_ADMIN"}
-    if any(_port(address) < first_port for address in host.settings.listen):
-        needed.add(BIND)
+    with contextlib.suppress(ValueError):
+        if any(_parse(address)[1] < first_port for address in host.settings.listen):
+            needed.add(BIND)
     if missing := sorted(needed - held):
         lost = [f"{name}: {LOST[name].format(first_port=first_port)}" for name in missing]
         return Finding(
@@ -390,10 +393,13 @@ def _missing(settings: RouterSettings) -> tuple[str, ...]:
         for version in ip_versions():
             ours._look_out(ip, version, _read_rules(ip, version))  # noqa: SLF001 - as an install does, which it precedes
     # whether the table is as it was laid, only who laid it can tell
-    table_stands = _list_table() is not None
-    return tuple(
-        part for part in ours.verify() if not (table_stands and part.startswith("nftables"))
-    )
+    laid = any(item.get("table", {}).items() >= TABLE.items() for item in _ruleset())
+    return tuple(part for part in ours.verify() if not (laid and part.startswith("nftables")))
+
+
+def _ruleset() -> list[dict[str, Any]]:
+    ruleset: list[dict[str, Any]] = _nft([{"list": {"ruleset": None}}])["nftables"]
+    return ruleset
 
 
 def probe(_: Host) -> Finding:
@@ -415,18 +421,20 @@ def conflicts(host: Host) -> Finding:
     """
     Look for rules that would have a reply before ours, or take its mark away.
     """
-    found = [
-        *_earlier_rules(host.settings.transparent_priority),
-        *_mark_setters(_nft([{"list": {"ruleset": None}}])["nftables"]),
-    ]
-    if found:
-        return Finding(
-            "client address: conflicts",
-            State.DEGRADED,
-            "\n".join(["replies to clients may go astray:", *found]),
-            "a lower --transparent-priority; marks that are set bit by bit (meta mark or ...)",
-        )
-    return Finding("client address: conflicts", State.FINE, "no other rule takes the replies")
+    check = "client address: conflicts"
+    try:
+        setters = list(_mark_setters(_ruleset()))
+    except PlumbingError as err:
+        return Finding(check, State.DEGRADED, f"not looked for: {err}", "NET_ADMIN; libnftables")
+    found = [*_earlier_rules(host.settings.transparent_priority), *setters]
+    if not found:
+        return Finding(check, State.FINE, "no other rule takes the replies")
+    return Finding(
+        check,
+        State.DEGRADED,
+        "\n".join(["replies to clients may go astray:", *found]),
+        "a lower --transparent-priority; rules that set some bits of the mark (mark or 0x1)",
+    )
 
 
 def _earlier_rules(priority: int) -> Iterator[str]:
@@ -434,8 +442,8 @@ def _earlier_rules(priority: int) -> Iterator[str]:
     Find `ip rule`s before ours that ask nothing of a packet.
     """
     with IPRoute() as ip:
-        for version, family in FAMILIES.items():
-            for rule in ip.get_rules(family=family):
+        for version in ip_versions():
+            for rule in ip.get_rules(family=FAMILIES[version]):
                 # the first of all leads to this host's own addresses, and has the priority 0
                 before = 0 < (rule.get_attr("FRA_PRIORITY") or 0) < priority
                 asks = any(rule.get_attr(name) for name in SELECTORS) or rule["tos"]
@@ -495,18 +503,17 @@ def listen(host: Host, address: str) -> Finding:
     See whether *address* can be listened on, without listening.
     """
     check = f"listen {address}"
-    name, _, port = address.rpartition(":")
-    name = name.removeprefix("[").removesuffix("]")
-    family = socket.AF_INET6 if ":" in name or not name else socket.AF_INET
     try:
+        name, port = _parse(address)
+        family = socket.AF_INET6 if ":" in name or not name else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as trial:
             # with this a bind meets those that listen, and none that has ended
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(name)))
-            trial.bind((name or "::", int(port)))
+            trial.bind((name or "::", port))
     except ValueError:
-        return Finding(check, State.BROKEN, "not ADDR:PORT, [ADDR]:PORT or :PORT", "write it so")
+        return Finding(check, State.BROKEN, "no address", "ADDR:PORT, [ADDR]:PORT or :PORT")
     except OSError as err:
         if err.errno != errno.EADDRINUSE:
             fix = {
@@ -516,7 +523,7 @@ def listen(host: Host, address: str) -> Finding:
             }
             detail = os.strerror(err.errno or 0)
             return Finding(check, State.BROKEN, detail, fix.get(err.errno or 0, ""))
-        return _in_use(host, check, name, int(port))
+        return _in_use(host, check, name, port)
     return Finding(check, State.FINE, "free")
 
 
@@ -537,7 +544,7 @@ def _listening(name: str, port: int) -> set[str]:
     """
     Find the sockets that listen where *name* and *port* would, by their numbers in /proc.
     """
-    wanted = ipaddress.ip_address(name or "::")
+    wanted = ipaddress.ip_address(socket.getaddrinfo(name or "::", port)[0][4][0])
     found = set()
     for table in ("tcp", "tcp6"):
         for line in (_read(Path("/proc/net") / table) or "").splitlines()[1:]:
@@ -608,9 +615,17 @@ def _ask_router(path: Path) -> tuple[int | None, wire.Message]:
 # --- small things ---
 
 
-def _port(address: str) -> int:
-    port = address.rpartition(":")[2]
-    return int(port) if port.isdigit() else 0
+def _parse(address: str) -> tuple[str, int]:
+    """
+    Read the name, "" for every address, and the port that a router would listen on.
+
+    Raises:
+        ValueError: it would not.
+    """
+    name, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the range of a port
+        raise ValueError(address)
+    return name.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _names(names: Iterable[str]) -> str:

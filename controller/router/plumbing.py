@@ -235,7 +235,9 @@ class Watch:
     def _look(self) -> None:
         self.network = read_network()
         if missing := self._plumbing.verify():
-            self._tell(False, f"gone: {', '.join(missing)}")
+            # told once, not before each attempt to repair
+            if self._state[0]:
+                self._tell(False, f"gone: {', '.join(missing)}")
             self._plumbing.install()
         self._tell(True, "")
 

@@ -38,10 +38,10 @@ from controller.router.plumbing import (
     ip_versions,
 )
 
-PATIENCE: Final = 0.9
-"""Seconds for the whole probe; it takes 0.3, most of them to start Python."""
+PATIENCE: Final = 3.0
+"""Seconds for the whole probe; it takes 0.3, most of them to start Python, more on a busy host."""
 
-REPLY: Final = 0.3
+REPLY: Final = 1.0
 """Seconds in which a reply comes back over a virtual cable, if it ever does."""
 
 HOST: Final = {4: "192.0.2.1", 6: "2001:db8::1"}

@@ -15,6 +15,7 @@ import structlog
 from controller.core.clientip import Choice, Network, choose
 from controller.core.routes import Backend
 from controller.router.plumbing import Plumbing, PlumbingError, Watch
+from controller.router.probe import probe
 from controller.settings import ClientIp, RouterSettings
 
 log = structlog.get_logger()
@@ -49,6 +50,10 @@ class Transparency:
         if settings.client_ip == ClientIp.OFF:
             return
         try:
+            found = probe()
+            if found.ok is False:
+                self._say(False, found.reason)
+                return
             plumbing = Plumbing(
                 settings.transparent_mark,
                 settings.transparent_mask,
@@ -59,7 +64,7 @@ class Transparency:
             self._plumbing = plumbing
             self._watch = Watch(plumbing, self._say)
             self._watch.start()
-            self._say(True, "plumbing laid")
+            self._say(True, found.reason)
         except PlumbingError as err:
             self._say(False, str(err))
 
