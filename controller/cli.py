@@ -90,8 +90,6 @@ def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
         kind = list[str]
     elif isinstance(default, bool):
         kind = bool
-    elif info.annotation is int:
-        kind = int
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -11,13 +11,18 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from controller.core import clientip
 
 LONGEST = 1_000_000
 """Seconds that anything may take, 11 days: epoll counts a wait in 2^31 milliseconds."""
+
+Number = Annotated[
+    int, BeforeValidator(lambda value: int(value, 0) if isinstance(value, str) else value)
+]
+"""A whole number, which may be written as 0x..."""
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST)]
 
@@ -55,7 +60,7 @@ def _control_path() -> Path:
 
 def _comma_list(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
-    return tuple(part.strip() for part in ",".join(texts).split(",") if part.strip())
+    return tuple(part.strip() for part in ",".join(map(str, texts)).split(",") if part.strip())
 
 
 class CommonSettings(BaseSettings):
@@ -183,14 +188,14 @@ class RouterSettings(CommonSettings):
         description="Seconds that a backend has to answer to the client's address before auto "
         "connects from this host's; a container answers within a millisecond.",
     )
-    transparent_mark: int = Field(
+    transparent_mark: Number = Field(
         clientip.MARK,
         gt=0,
         le=0xFFFFFFFF,
         description="Packet mark of replies to clients' addresses; bits that no one else's mark "
         "uses.",
     )
-    transparent_mask: int = Field(
+    transparent_mask: Number = Field(
         clientip.MASK, gt=0, le=0xFFFFFFFF, description="The bits that must read as in the mark."
     )
     transparent_table: int = Field(

@@ -14,6 +14,7 @@ Endpoint = tuple[bytes, int]
 """A packed IPv4 or IPv6 address, and a port."""
 
 _IPV4_SIZE = 4
+_MAX_PORT = 65535
 
 
 def read_endpoint(native: Any) -> Endpoint:
@@ -56,3 +57,16 @@ def backend_address(address: str, port: int) -> bytes:
     Write an IP literal and a port as a `struct sockaddr_in` or `sockaddr_in6`.
     """
     return socket_address(*pack((address, port)))
+
+
+def read_listen(text: str) -> tuple[str, int]:
+    """
+    Read an address to listen on: `ADDR:PORT`, `[ADDR]:PORT`, or `:PORT`, of which ADDR is empty.
+
+    Raises:
+        ValueError: *text* is not written so.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > _MAX_PORT:
+        raise ValueError(f"address {text!r}: not ADDR:PORT, [ADDR]:PORT or :PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)

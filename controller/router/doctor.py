@@ -34,6 +34,7 @@ from controller import log
 from controller.core import wire
 from controller.core.finding import Finding, State
 from controller.router.__main__ import BIND, SPARE_DESCRIPTORS
+from controller.router.address import read_listen
 from controller.router.flow import Handoff
 from controller.router.loop import Loop
 from controller.router.plumbing import (
@@ -42,10 +43,10 @@ from controller.router.plumbing import (
     TABLE,
     Plumbing,
     PlumbingError,
-    _nft,
-    _read_rules,
-    _routing,
     ip_versions,
+    nft,
+    read_rules,
+    routing,
 )
 from controller.router.probe import probe as try_probe
 from controller.router.relay import RelayHandoff
@@ -278,7 +279,7 @@ def capabilities(host: Host) -> Finding:
     needed = set() if host.settings.handoff == HandoffChoice.RELAY else set(CAPABILITIES)
     needed |= set() if host.settings.client_ip == ClientIp.OFF else {"NET_ADMIN"}
     with contextlib.suppress(ValueError):
-        if any(_parse(address)[1] < first_port for address in host.settings.listen):
+        if any(read_listen(address)[1] < first_port for address in host.settings.listen):
             needed.add(BIND)
     if missing := sorted(needed - held):
         lost = [f"{name}: {LOST[name].format(first_port=first_port)}" for name in missing]
@@ -389,16 +390,16 @@ def _missing(settings: RouterSettings) -> tuple[str, ...]:
         settings.transparent_table,
         settings.transparent_priority,
     )
-    with _routing() as ip:
+    with routing() as ip:
         for version in ip_versions():
-            ours._look_out(ip, version, _read_rules(ip, version))  # noqa: SLF001 - as an install does, which it precedes
+            ours.look_out(ip, version, read_rules(ip, version))
     # whether the table is as it was laid, only who laid it can tell
     laid = any(item.get("table", {}).items() >= TABLE.items() for item in _ruleset())
     return tuple(part for part in ours.verify() if not (laid and part.startswith("nftables")))
 
 
 def _ruleset() -> list[dict[str, Any]]:
-    ruleset: list[dict[str, Any]] = _nft([{"list": {"ruleset": None}}])["nftables"]
+    ruleset: list[dict[str, Any]] = nft([{"list": {"ruleset": None}}])["nftables"]
     return ruleset
 
 
@@ -504,7 +505,7 @@ def listen(host: Host, address: str) -> Finding:
     """
     check = f"listen {address}"
     try:
-        name, port = _parse(address)
+        name, port = read_listen(address)
         family = socket.AF_INET6 if ":" in name or not name else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as trial:
             # with this a bind meets those that listen, and none that has ended
@@ -613,19 +614,6 @@ def _ask_router(path: Path) -> tuple[int | None, wire.Message]:
 
 
 # --- small things ---
-
-
-def _parse(address: str) -> tuple[str, int]:
-    """
-    Read the name, "" for every address, and the port that a router would listen on.
-
-    Raises:
-        ValueError: it would not.
-    """
-    name, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the range of a port
-        raise ValueError(address)
-    return name.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _names(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from controller.router._native import lib
+from controller.router.address import read_listen
 from controller.router.connection import KEEPALIVE_IDLE, Connection
 
 if TYPE_CHECKING:
@@ -49,10 +50,7 @@ def bind_listener(address: str, receive_buffer: int) -> socket.socket:
         ValueError: *address* is not written so.
         OSError: it can not be listened on; the message names the address.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004 - the range of a port
-        raise ValueError(f"listen address {address!r}: not ADDR:PORT, [ADDR]:PORT or :PORT")
-    host = host.removeprefix("[").removesuffix("]")
+    host, port = read_listen(address)
     family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
     # plain TCP: a sockmap takes no MPTCP socket, and its clients fall back by themselves
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -60,25 +58,14 @@ def bind_listener(address: str, receive_buffer: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(host)))
-        _receive_buffer(listener, receive_buffer)
-        lib.socket_options(listener.fileno(), 0, KEEPALIVE_IDLE)
+        # what accepted sockets inherit
+        lib.socket_options(listener.fileno(), receive_buffer, KEEPALIVE_IDLE)
         # the hello comes with the accept, which spares a round; a silent client shows up later
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
-        listener.bind((host or "::", int(port)))
+        listener.bind((host or "::", port))
         listener.listen(4096)
         listener.setblocking(False)
     except OSError as err:
         listener.close()
         raise OSError(err.errno, f"listen on {address}: {os.strerror(err.errno or 0)}") from None
     return listener
-
-
-def _receive_buffer(listener: socket.socket, size: int) -> None:
-    """
-    Set what accepted sockets inherit; beyond net.core.rmem_max where we may (CAP_NET_ADMIN).
-    """
-    so_rcvbufforce = 33  # asm-generic/socket.h; the socket module does not name it
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, so_rcvbufforce, size)
-    except PermissionError:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)

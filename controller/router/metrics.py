@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from controller.core.session import Side
 from controller.log import dropped_lines
+from controller.router.address import read_listen
 from controller.router.control import Control
 from controller.router.router import Router
 
@@ -246,9 +247,7 @@ def serve(address: str, router: Router, control: Control, version: str) -> Threa
         ValueError: *address* is not written so.
         OSError: it can not be listened on; the message names the address.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        raise ValueError(f"metrics address {address!r}: not ADDR:PORT")
+    host, port = read_listen(address)
     registry = CollectorRegistry()
     registry.register(RouterCollector(router, control, version))
 
@@ -277,14 +276,12 @@ def serve(address: str, router: Router, control: Control, version: str) -> Threa
             Scrapes are no news.
             """
 
-    host = host.removeprefix("[").removesuffix("]")
-
     class Server(ThreadingHTTPServer):
         daemon_threads = True
         address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
 
     try:
-        server = Server((host, int(port)), Handler)
+        server = Server((host, port), Handler)
     except OSError as err:
         raise OSError(err.errno, f"metrics address {address}: {err.strerror}") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

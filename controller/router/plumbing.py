@@ -109,11 +109,11 @@ class Plumbing:
         Raises:
             PlumbingError: it is not possible, or something of someone else's is in the way.
         """
-        with _routing() as ip:
-            found = {version: _read_rules(ip, version) for version in ip_versions()}
+        with routing() as ip:
+            found = {version: read_rules(ip, version) for version in ip_versions()}
             for version, rules in found.items():
-                self._look_out(ip, version, rules)
-            _nft(self._ruleset)
+                self.look_out(ip, version, rules)
+            nft(self._ruleset)
             for version, rules in found.items():
                 self._clear(ip, version, keep=self._rules)
                 # the route first: a rule that leads to an empty table leads on to the next rule
@@ -133,9 +133,9 @@ class Plumbing:
             PlumbingError: it can not be told.
         """
         missing = []
-        with _routing() as ip:
+        with routing() as ip:
             for version in ip_versions():
-                rules = _read_rules(ip, version)
+                rules = read_rules(ip, version)
                 missing += [
                     f"IPv{version} rule {rule.priority}"
                     for rule in self._rules
@@ -155,8 +155,8 @@ class Plumbing:
         Raises:
             PlumbingError: something is left.
         """
-        _nft([{"add": {"table": TABLE}}, {"delete": {"table": TABLE}}])
-        with _routing() as ip:
+        nft([{"add": {"table": TABLE}}, {"delete": {"table": TABLE}}])
+        with routing() as ip:
             for version in FAMILIES:
                 self._clear(ip, version, keep=())
 
@@ -167,7 +167,7 @@ class Plumbing:
         kept = {rule.table for rule in keep}
         stale = [
             rule
-            for rule in _read_rules(ip, version)
+            for rule in read_rules(ip, version)
             if rule.protocol == PROTOCOL and rule not in keep
         ]
         for rule in stale:
@@ -176,7 +176,7 @@ class Plumbing:
             if any(protocol == PROTOCOL for protocol in _routes(ip, version, table)):
                 _change(ip.route, "del", **_route(version, table))
 
-    def _look_out(self, ip: IPRoute, version: int, rules: list[Rule]) -> None:
+    def look_out(self, ip: IPRoute, version: int, rules: list[Rule]) -> None:
         """
         See that nothing of anyone else's would catch our packets, or have its own caught.
         """
@@ -254,7 +254,7 @@ def read_network() -> Network:
     Raises:
         PlumbingError: the kernel does not tell.
     """
-    with _routing() as ip:
+    with routing() as ip:
         # IFA_LOCAL differs from IFA_ADDRESS on a point-to-point link, where that is the peer's
         found = [(a.get("local") or a.get("address"), a["prefixlen"]) for a in ip.get_addr()]
     return Network(
@@ -277,7 +277,13 @@ def ip_versions() -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _routing() -> Iterator[IPRoute]:
+def routing() -> Iterator[IPRoute]:
+    """
+    Talk to the kernel of addresses, rules and routes.
+
+    Raises:
+        PlumbingError: it does not answer.
+    """
     try:
         # strict: the kernel dumps the table that is asked for, not a million others' routes
         with IPRoute(strict_check=True) as ip:
@@ -298,7 +304,10 @@ def _change(call: Callable[..., Any], command: str, **fields: Any) -> None:
             raise
 
 
-def _read_rules(ip: IPRoute, version: int) -> list[Rule]:
+def read_rules(ip: IPRoute, version: int) -> list[Rule]:
+    """
+    List the rules that match a mark, or are ours.
+    """
     try:
         return [
             Rule(
@@ -411,7 +420,7 @@ def _list_table() -> Any:
     Return our table as the library writes it, None if it is not there.
     """
     try:
-        objects = _nft([{"list": {"table": TABLE}}])["nftables"]
+        objects = nft([{"list": {"table": TABLE}}])["nftables"]
     except PlumbingError:
         return None
     found = [next(iter(entry.items())) for entry in objects]
@@ -422,7 +431,7 @@ def _list_table() -> Any:
     ]
 
 
-def _nft(commands: list[Any]) -> Any:
+def nft(commands: list[Any]) -> Any:
     """
     Run *commands* as one transaction, and return what they print.
 

@@ -2,9 +2,9 @@
 Prove a hand-off at start with real bytes on real sockets, through the code that will serve.
 
 Kernels differ in how they move redirected data, and distributions patch them; a version number
-says little.  So: a hello that waits is moved by the kick, a lone FIN is passed on and harms nobody, a
-reader that stalls stops its writer within the bound, and every byte then arrives in order, with the
-end behind the last of them.
+says little.  So: a hello that waits is moved by the kick, a FIN alone is passed on while the other
+direction still works, a reader that stalls stops its writer within the bound, and every byte then
+arrives in order, with the end behind the last of them.
 """
 
 import contextlib

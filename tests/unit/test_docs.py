@@ -14,11 +14,14 @@ from prometheus_client import Metric
 from pydantic import ByteSize
 
 from controller import cli
+from controller.core.clientip import Choice
 from controller.core.labels import read_labels
 from controller.core.problems import Code, Problem
+from controller.core.proxyprotocol import Header
 from controller.core.routes import Backend, Route, RouteTable
 from controller.router.connection import Connection, Hello
 from controller.router.control import Control
+from controller.router.flow import UNTOUCHED
 from controller.router.loop import Loop
 from controller.router.metrics import RouterCollector
 from controller.router.relay import RelayFlow, RelayHandoff
@@ -63,7 +66,7 @@ def default(value: Any) -> str:
     Write a default as one would write it on the command line.
     """
     match value:
-        case None:
+        case None | ():
             return ""
         case bool():
             return f"`{str(value).lower()}`"
@@ -178,12 +181,14 @@ def test_access_log(router: Router) -> None:
     The table of log fields names each field of a connection's line, and no other.
     """
     arrival = ffi.new("struct arrival *")
-    arrival.address_size = 4
+    arrival.peer.size = 4
     connection = Connection(router, -1, arrival, 0.0)
     connection.hello = Hello(server_name="a.example")
     connection.backend = Backend("web", "docker", "192.0.2.1", 443)
     connection.route = Route("a.example", (connection.backend,))
-    connection.flow = RelayFlow(router.loop, -1, -1, lambda _: None)
+    connection.flow = RelayFlow(router.loop, (-1, -1), lambda _: None, UNTOUCHED)
+    connection.choice = Choice(transparent=False, reason="nat")
+    connection._header = Header(28)  # noqa: SLF001 - as a trusted sender's
     connection.refusals = ["sockmap: full"]
 
     expected = [*connection.record("client_fin")]

@@ -106,7 +106,9 @@ int refuse(int fd, const void *alert, size_t size, size_t budget)
 
 int socket_options(int fd, int receive_buffer, int keepalive_idle)
 {
+	/* beyond net.core.rmem_max only with CAP_NET_ADMIN */
 	if (receive_buffer &&
+	    setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &receive_buffer, sizeof(receive_buffer)) &&
 	    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof(receive_buffer)))
 		return -errno;
 	if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) ||
