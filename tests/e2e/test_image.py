@@ -22,8 +22,17 @@ BASE = "sniroute-test-base"
 
 HOST = "one.example.test"
 
-WITHOUT_CAP_BPF = {"docker-20": ("sys_admin", "net_admin", "net_bind_service")}
-"""Engines older than CAP_BPF and CAP_PERFMON, and what covers those there."""
+PRIVILEGES = {
+    # older than CAP_BPF and CAP_PERFMON: CAP_SYS_ADMIN covers both
+    "docker-20": {"cap_add": ["SYS_ADMIN", "NET_ADMIN", "NET_BIND_SERVICE"]},
+    "docker-26": {"cap_add": [name.upper() for name in CAPABILITIES]},
+    # its seccomp profile knows bpf(2) with CAP_SYS_ADMIN only
+    "podman": {
+        "cap_add": [name.upper() for name in CAPABILITIES],
+        "security_opt": ["seccomp=unconfined"],
+    },
+}
+"""What each engine has to be told so that the router may load its program."""
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +59,24 @@ def _client(daemon: Daemon, timeout: float) -> contextlib.closing[docker.DockerC
     return contextlib.closing(docker.DockerClient(daemon.url, version="auto", timeout=timeout))
 
 
+def status(container: Any) -> dict[str, Any]:
+    """
+    Ask the router in *container* how it is; it says nothing until it has started.
+    """
+    container.reload()
+    if container.status == "exited":
+        raise HarnessError("the container ended")
+    code, output = container.exec_run(["sniroute", "status", "--json"])
+    return {} if code else json.loads(output)
+
+
 @pytest.fixture
 def container(daemon: Daemon, engine: Engine, archive: Path) -> Iterator[Any]:
     """
     Run the image on the host network, with nothing but what it documents.
     """
+    privileges = PRIVILEGES[daemon.kind.name]
+    security = ["no-new-privileges:true", *privileges.get("security_opt", ())]
     with _client(daemon, timeout=120) as api, archive.open("rb") as file:
         [image] = api.images.load(file)
     address, port = engine.front
@@ -65,34 +87,22 @@ def container(daemon: Daemon, engine: Engine, archive: Path) -> Iterator[Any]:
         name="sniroute",
         network_mode="host",
         cap_drop=["ALL"],
-        cap_add=[name.upper() for name in WITHOUT_CAP_BPF.get(daemon.kind.name, CAPABILITIES)],
-        security_opt=["no-new-privileges:true"],
+        cap_add=privileges["cap_add"],
+        security_opt=security,
         read_only=True,
         tmpfs={"/run/sniroute": "mode=0755"},
         volumes={str(daemon.socket): {"bind": "/run/docker.sock", "mode": "ro"}},
         **engine.run_options,
     )
     try:
+        wait_for("the image is ready", lambda: status(container).get("ready"))
         yield container
-    except BaseException as err:
+    except HarnessError as err:
         err.add_note(container.logs().decode()[-5000:])
         raise
     finally:
         container.remove(force=True)
         engine.api.images.remove(image.id, force=True)
-
-
-def status(container: Any) -> dict[str, Any]:
-    """
-    Ask the router in *container* how it is.
-
-    Raises:
-        HarnessError: It does not answer.
-    """
-    code, output = container.exec_run(["sniroute", "status", "--json"])
-    if code:
-        raise HarnessError(output.decode())
-    return json.loads(output)
 
 
 def test_the_image_routes_with_only_the_documented_privileges(
@@ -104,13 +114,10 @@ def test_the_image_routes_with_only_the_documented_privileges(
     Asked to stop it ends well, in no time when no connection is left.
     """
     app = run_app("one", {"sniroute.host": HOST})
-
-    def page() -> fetch.Answer | None:
-        with contextlib.suppress(fetch.RefusedError):
-            return fetch.fetch(engine.client, engine.front, HOST, app.root)
-        return None
-
-    answer = wait_for("a page through the image", page)
+    answer = wait_for(
+        "a page through the image",
+        lambda: fetch.fetch(engine.client, engine.front, HOST, app.root),
+    )
 
     assert fetch.Answer("one", HOST, "HTTP/1.1", app.address) == answer
     assert {"chosen": "sockmap", "reason": "self-test passed"} == status(container)["handoff"]

@@ -26,12 +26,14 @@ BLOB = b"".join(hashlib.sha256(bytes([i % 256, i // 256])).digest() for i in ran
 
 _ROOT = "/data/caddy/pki/authorities/local/root.crt"
 
-# the answer tells who answered, for which name, over which protocol, and from which address
+# the answer tells who answered, for which name, over which protocol, and from which address;
+# Caddy's clean-up at start can remove the folder that it is about to save a new certificate in
 _CADDYFILE = b"""\
 {
 	admin off
 	auto_https disable_redirects
 	skip_install_trust
+	storage_clean_interval off
 	servers {
 		protocols h1 h2
 	}

@@ -102,6 +102,8 @@ class Machine(Here):
         find_program("ip", "iproute2")
         self._unshare = subprocess.Popen(
             [
+                # should we be killed, so is the machine
+                *("setpriv", "--pdeathsig=KILL", "--"),
                 *("unshare", "--net", "--mount", "--propagation=private", "--pid", "--fork"),
                 *("--kill-child", "sh", "-c", _BOOT, "boot", str(root), str(share)),
             ],

@@ -103,7 +103,11 @@ class Talk:
     def __init__(self, control: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # with a timeout set, a full backlog would be an error rather than a wait (unix(7))
-        self.socket.connect(str(control))
+        try:
+            self.socket.connect(str(control))
+        except OSError:
+            self.socket.close()
+            raise
         self.socket.settimeout(PATIENCE)
         self._decoder = Decoder()
         self._heard: list[Message] = []
@@ -205,23 +209,28 @@ class LoneRouter:
         self.control = folder / "router.sock"
         self.log = folder / "log"
         self.listen, self.metrics = free_addresses(2)
-        command = [*prefix, SNIROUTE, "router", *self.flags(), "--drain", "1", *options]
+        command = [*prefix, SNIROUTE, "router", *self.flags(), *options]
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=out)
-        self.product = Product(self.listen, self.metrics, self.control, self.process.pid)
+        pid = self.process.pid
+        self.product = Product(self.listen, self.metrics, self.control, pid, self.log)
         wait_for("a router that listens", self._up)
 
     def flags(self) -> list[str]:
         """
-        Write its addresses as flags.
+        Write what it is started with.
         """
         listen, metrics = (f"{host}:{port}" for host, port in (self.listen, self.metrics))
-        return ["--control", str(self.control), "--listen", listen, "--metrics", metrics]
+        return [
+            *("--control", str(self.control), "--listen", listen, "--metrics", metrics),
+            *("--drain", "1", "--client-ip", "off"),
+        ]
 
     def _up(self) -> bool:
         if self.process.poll() is not None:
             raise HarnessError(f"router ended: {self.log.read_text()[-3000:]}")
-        return any(line["event"] == "router ready" for line in log_lines(self.log))
+        (status,) = ask(self.control, {"type": "status"})
+        return bool(status)
 
     def __enter__(self) -> Self:
         return self

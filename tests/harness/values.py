@@ -2,10 +2,11 @@
 A value for each setting that is not its default.
 """
 
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Final
 
-from controller.settings import HandoffChoice
+from controller.settings import ClientIp, HandoffChoice
 
 OTHER: Final[dict[str, Any]] = {
     "control": Path("/tmp/other.sock"),  # noqa: S108 - never opened
@@ -25,4 +26,11 @@ OTHER: Final[dict[str, Any]] = {
     "receive_buffer": 262144,
     "max_connections": 12,
     "access_log": False,
+    "client_ip": ClientIp.NAT,
+    "transparent_timeout": 2.5,
+    "transparent_mark": 0x100,
+    "transparent_mask": 0x1FF,
+    "transparent_table": 1234,
+    "transparent_priority": 500,
+    "proxy_protocol_from": (ip_network("192.0.2.0/24"), ip_network("2001:db8::/32")),
 }

@@ -29,6 +29,12 @@ BAD: dict[str, tuple[Any, ...]] = {
     "receive_buffer": (131071, "1GiB"),
     "max_connections": (-1, 1.5, "all"),
     "access_log": ("perhaps",),
+    "client_ip": ("on",),
+    "transparent_timeout": (0, "inf"),
+    "transparent_mark": (0, 2**32),
+    "transparent_mask": (0, 2**32),
+    "transparent_table": (0, 2**32),
+    "transparent_priority": (1, 32766),
 }
 
 
