@@ -10,7 +10,7 @@ ARG BASE=debian:trixie-slim
 FROM ${BASE} AS build
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-      ca-certificates clang gcc libbpf-dev libc6-dev libssl-dev make python3-dev python3-venv \
+      ca-certificates clang gcc libbpf-dev libc6-dev libseccomp-dev libssl-dev make python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
@@ -25,7 +25,7 @@ RUN make bpf \
 FROM ${BASE}
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-      libbpf1 libnftables1 libssl3t64 python3 \
+      libbpf1 libnftables1 libseccomp2 libssl3t64 python3 \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/sniroute /opt/sniroute
 ENV PATH=/opt/sniroute/bin:$PATH

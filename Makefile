@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # root does what it must by itself; everyone else is asked once
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
-BUILD_PACKAGES := clang gcc libbpf-dev libc6-dev libnftables1 libssl-dev linux-libc-dev \
+BUILD_PACKAGES := clang gcc libbpf-dev libc6-dev libnftables1 libseccomp-dev libssl-dev linux-libc-dev \
 	python3-dev python3-venv
 DEMO_PACKAGES := ca-certificates containerd debootstrap docker.io iproute2 iptables util-linux
 TEST_PACKAGES := $(DEMO_PACKAGES) aardvark-dns bpftool clang-format curl haproxy netavark nftables nginx \

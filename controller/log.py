@@ -16,6 +16,8 @@ from typing import Any, Final
 import orjson
 import structlog
 
+from controller import privilege
+
 QUEUE_LINES: Final = 16384
 """Lines that may wait: about a second of connections, and 10 MB."""
 
@@ -47,6 +49,9 @@ class Writer:
     debug = info = warning = error = critical = exception = msg
 
     def _write(self) -> None:
+        # capabilities are a thread's: those of a process that logs before it drops its own
+        # would stay in this one
+        privilege.drop_to(())
         out = sys.stderr.buffer
         while (line := self._lines.get()) is not None:
             with contextlib.suppress(OSError):

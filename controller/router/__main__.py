@@ -50,8 +50,8 @@ def main() -> int:
         log.configure("router", settings.log_level)
         _serve(settings)
     except (NotPossible, OSError, ValueError, ValidationError) as err:
-        # an OSError's own text begins with its number
-        print(f"sniroute router: {getattr(err, 'strerror', None) or err}", file=sys.stderr)
+        # an OSError's own text begins with its number; one write, since the log writes here too
+        sys.stderr.write(f"sniroute router: {getattr(err, 'strerror', None) or err}\n")
         return 1
     return 0
 
@@ -64,7 +64,7 @@ def _serve(settings: RouterSettings) -> None:
         raise NotPossible("OpenSSL does not start")
     router = Router(settings, loop, _max_connections(settings))
     listeners = [bind_listener(address, settings.receive_buffer) for address in settings.listen]
-    splice, refusal = _load(settings.handoff)
+    splice, refusal = _load(settings.handoff, capabilities)
     # loaded and bound: joining sockets needs no privilege, only a client's address does
     off = settings.client_ip == ClientIp.OFF
     privilege.drop_to(() if off else ("NET_ADMIN",))
@@ -75,6 +75,8 @@ def _serve(settings: RouterSettings) -> None:
     if settings.metrics != "off":
         serve(settings.metrics, router, control, name)
     _drain_on_signal(router)
+    if error := lib.confine():
+        logger.warning("not confined", error=os.strerror(-error))
     router.listen(listeners)
     logger.info(
         "router ready",
@@ -104,7 +106,7 @@ def _max_connections(settings: RouterSettings) -> int:
     return settings.max_connections or possible
 
 
-def _load(choice: HandoffChoice) -> tuple[Splice | None, str]:
+def _load(choice: HandoffChoice, capabilities: frozenset[str]) -> tuple[Splice | None, str]:
     """
     Load the BPF program if it may be used; else say why not.
     """
@@ -114,8 +116,12 @@ def _load(choice: HandoffChoice) -> tuple[Splice | None, str]:
         return Splice(), ""
     except KernelError as err:
         note = "\n".join(getattr(err, "__notes__", ()))
-        logger.warning("BPF program refused", error=str(err), verifier=note[-4096:])
-        return None, str(err)
+        reason = str(err.strerror)
+        lacking = [f"CAP_{name}" for name in CAPABILITIES if name not in capabilities]
+        if lacking and STAND_IN not in capabilities:
+            reason += f", without {' and '.join(lacking)}"
+        logger.warning("BPF program refused", error=reason, verifier=note[-4096:])
+        return None, reason
 
 
 def _choose(router: Router, splice: Splice | None, refusal: str) -> None:

@@ -17,7 +17,7 @@ ffibuilder.set_source(
     "controller.router._native",
     '#include "native.c"',
     include_dirs=[str(NATIVE), str(ABI)],
-    libraries=["ssl", "crypto"],
+    libraries=["ssl", "crypto", "seccomp"],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
     depends=[str(ABI / "abi.h"), *map(str, NATIVE.iterdir())],
 )

@@ -16,6 +16,7 @@
 #include <linux/types.h>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
+#include <seccomp.h>
 #include "abi.h"
 
 struct hello;
@@ -24,3 +25,4 @@ struct pipe;
 #include "hello.c"
 #include "steps.c"
 #include "pump.c"
+#include "confine.c"

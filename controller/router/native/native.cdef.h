@@ -70,6 +70,8 @@ void watch_pair(int epoll, int client, int backend, uint32_t events);
 void half_close(int fd);
 void reset(int fd);
 
+int confine(void);
+
 /* why a pump stopped */
 enum move {
 	MOVE_MORE, /* the budget is spent */
