@@ -16,9 +16,9 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
 BUILD_PACKAGES := clang gcc libbpf-dev libc6-dev libnftables1 libseccomp-dev libssl-dev linux-libc-dev \
 	python3-dev python3-venv
-DEMO_PACKAGES := ca-certificates containerd debootstrap docker.io iproute2 iptables util-linux
-TEST_PACKAGES := $(DEMO_PACKAGES) aardvark-dns bpftool clang-format curl haproxy netavark nftables nginx \
-	libnginx-mod-stream openssl podman procps runc strace
+DEMO_PACKAGES := ca-certificates containerd docker.io iproute2 iptables util-linux
+TEST_PACKAGES := $(DEMO_PACKAGES) aardvark-dns bpftool clang-format curl debootstrap haproxy netavark nftables nginx \
+	libnginx-mod-stream openssl podman procps runc slirp4netns strace
 
 NATIVE_C := $(filter-out %/_ffi.c,$(wildcard bpfprog/*.[ch] controller/router/native/*.[ch]))
 C_FILES := $(NATIVE_C) $(wildcard tests/bench/*.c)

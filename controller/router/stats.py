@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 SIZES: Final = (256.0, 512.0, 1024.0, 1536.0, 2048.0, 3072.0, 4096.0, 8192.0, 16384.0, 65536.0)
 
+GONE_ROUTES: Final = 1000
+"""Routes that are no more whose counts are remembered; about 1 MB."""
+
 NO_ROUTE: Final = ""
 """The route label of a connection that took none."""
 
@@ -66,6 +69,7 @@ class Stats:
         self.hello_size = Histogram(SIZES)
         self.hello_seconds = Histogram(SECONDS)
         self.connect_seconds: dict[str, Histogram] = {}
+        self._gone: dict[str, None] = {}  # in the order in which they went
 
     def connected(self, route: str, seconds: float) -> None:
         """
@@ -94,11 +98,23 @@ class Stats:
 
     def keep_routes(self, hosts: Iterable[str]) -> None:
         """
-        Forget the counts of routes that are no more, so that changing names cost no memory.
+        Remember the counts of *hosts*, and of the last GONE_ROUTES that are no more.
+
+        A route whose only container restarts goes and comes back, and its counters go on; names
+        that change for ever cost no memory.
         """
-        keep = {*hosts, NO_ROUTE}
+        present = {*hosts, NO_ROUTE}
+        keyed = (self.connections, self.bytes, self.connect_errors)
+        counted = {key[0] for counter in keyed for key in counter} | self.connect_seconds.keys()
+        for host in present & self._gone.keys():
+            del self._gone[host]
+        self._gone.update(dict.fromkeys(sorted(counted - present - self._gone.keys())))
+        while len(self._gone) > GONE_ROUTES:
+            self._forget(next(iter(self._gone)))
+
+    def _forget(self, host: str) -> None:
+        del self._gone[host]
+        self.connect_seconds.pop(host, None)
         for counter in (self.connections, self.bytes, self.connect_errors):
-            for key in [key for key in counter if key[0] not in keep]:
+            for key in [key for key in counter if key[0] == host]:
                 del counter[key]
-        for host in [host for host in self.connect_seconds if host not in keep]:
-            del self.connect_seconds[host]

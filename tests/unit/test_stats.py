@@ -2,7 +2,10 @@
 Counting: histograms as Prometheus reads them, and routes that are forgotten.
 """
 
+import pytest
+
 from controller.core.routes import Backend, Route
+from controller.core.session import Session
 from controller.router.connection import Connection, Hello
 from controller.router.flow import Flow
 from controller.router.stats import NO_ROUTE, Histogram, Stats
@@ -18,7 +21,7 @@ class StillFlow(Flow):
     handoff = "relay"
 
     def __init__(self) -> None:
-        super().__init__(None, 0, 0, lambda _: None)
+        self.session = Session()
         self.session.failed("client_rst")
 
     def bytes(self, side: int) -> int:  # noqa: D102 - as the base class's
@@ -73,10 +76,24 @@ def test_a_connection_without_a_route_has_an_empty_one() -> None:
     assert {} == stats.bytes
 
 
-def test_routes_that_are_no_more_are_forgotten() -> None:
+def test_a_route_that_comes_back_counts_on() -> None:
     """
-    Names that come and go cost no memory: only the counts of kept routes and of none stay.
+    While its only container restarts a route is gone; its counts are not.
     """
+    stats = Stats()
+    stats.connections["app.example.com", "forwarded"] += 5
+
+    stats.keep_routes([])
+    stats.keep_routes(["app.example.com"])
+
+    assert {("app.example.com", "forwarded"): 5} == stats.connections
+
+
+def test_routes_that_are_no_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Names that come and go cost no memory: the longest gone are forgotten.
+    """
+    monkeypatch.setattr("controller.router.stats.GONE_ROUTES", 0)
     stats = Stats()
     for host in ("kept.example.com", "gone.example.com", NO_ROUTE):
         stats.connections[host, "forwarded"] += 1
