@@ -1,0 +1,293 @@
+"""
+The command line: its flags are the settings, and what is wrong is said by name.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.values import OTHER
+from typer.testing import CliRunner, Result
+
+from controller import cli, supervise
+from controller.settings import ControllerSettings, HandoffChoice, RouterSettings, RunSettings
+
+COMMANDS = {"run": RunSettings, "controller": ControllerSettings, "router": RouterSettings}
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Settings of the one who runs the tests do not count, and the terminal is wide.
+    """
+    for name in RunSettings.model_fields:
+        monkeypatch.delenv(f"SNIROUTE_{name.upper()}", raising=False)
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """
+    Start nothing; note what would have been started.
+    """
+    notes: list[Any] = []
+
+    def run(settings: RunSettings) -> int:
+        notes.append(settings)
+        return 0
+
+    def execve(_: str, argv: list[str], environment: dict[str, str]) -> None:
+        notes.append((argv[1:], environment))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(supervise, "run", run)
+    monkeypatch.setattr(os, "execve", execve)
+    return notes
+
+
+def sniroute(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, words)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def flags(name: str) -> list[str]:
+    value = OTHER[name]
+    if isinstance(value, bool):
+        return [flag(name) if value else f"--no-{name.replace('_', '-')}"]
+    values = value if isinstance(value, tuple) else [value]
+    return [word for one in values for word in (flag(name), str(one))]
+
+
+def test_every_setting_is_a_flag_of_run(started: list[Any]) -> None:
+    """
+    Each flag sets its field, all of them together.
+    """
+    result = sniroute("run", *(word for name in OTHER for word in flags(name)))
+
+    assert (0, "") == (result.exit_code, result.output)
+    assert [RunSettings(**OTHER)] == started
+
+
+def test_without_flags_the_defaults_hold(started: list[Any]) -> None:
+    """
+    A flag that is not given leaves the default.
+    """
+    sniroute("run")
+
+    assert [RunSettings()] == started
+
+
+def test_a_flag_beats_the_environment(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The environment sets what no flag sets.
+    """
+    monkeypatch.setenv("SNIROUTE_DRAIN", "3")
+    monkeypatch.setenv("SNIROUTE_HANDOFF", "relay")
+
+    sniroute("run", "--drain", "4")
+
+    assert [(4, HandoffChoice.RELAY)] == [(s.drain, s.handoff) for s in started]
+
+
+@pytest.mark.parametrize(
+    ("command", "module"), [("router", "controller.router"), ("controller", "controller")]
+)
+def test_one_process_alone_gets_its_settings(
+    command: str, module: str, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    `router` and `controller` become their process, with its own settings in the environment.
+    """
+    kind = COMMANDS[command]
+    wanted = {name: OTHER[name] for name in kind.model_fields}
+
+    sniroute(command, *(word for name in wanted for word in flags(name)))
+    ((argv, environment),) = started
+    for name in kind.model_fields:
+        monkeypatch.setenv(f"SNIROUTE_{name.upper()}", environment[f"SNIROUTE_{name.upper()}"])
+
+    assert ["-m", module] == argv
+    assert kind(**wanted) == kind()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_every_flag(command: str) -> None:
+    """
+    `--help` has each flag and what it is for.
+    """
+    words = sniroute(command, "--help").output.split()
+
+    assert [] == [n for n in COMMANDS[command].model_fields if flag(n) not in words]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("hello_timeout", "0", "greater than 0"),
+        ("hello_timeout", "soon", "valid number"),
+        ("hello_limit", "1", "4096"),
+        ("handoff", "packet", "sockmap"),
+        ("log_level", "loud", "warning"),
+        ("max_connections", "-1", "greater than or equal to 0"),
+        ("drain", "inf", "1000000"),
+        ("backlog_limit", "much", "byte"),
+        ("listen", ",", "at least 1"),
+    ],
+)
+@pytest.mark.parametrize("source", ["flag", "environment"])
+def test_a_bad_value_is_told_by_its_flag(
+    source: str, name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A bad value exits with 2 and one line, which names the flag and what would be right.
+    """
+    words = ["run"]
+    if source == "flag":
+        words += [flag(name), value]
+    else:
+        monkeypatch.setenv(f"SNIROUTE_{name.upper()}", value)
+
+    result = sniroute(*words)
+
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2
+    assert line.startswith(f"sniroute: {flag(name)}: ")
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    "words", [("run", "--max-connections", "all"), ("run", "--nonsense"), ("nonsense",)]
+)
+def test_what_is_no_command_line_exits_with_2(words: tuple[str, ...]) -> None:
+    """
+    A word that means nothing is named, and nothing is started.
+    """
+    result = sniroute(*words)
+
+    assert result.exit_code == 2
+    assert words[-2 if "all" in words else -1] in result.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "routes"])
+def test_no_router_is_told_with_its_path(command: str, tmp_path: Path) -> None:
+    """
+    Without a router the command exits with 1 and names the socket it tried.
+    """
+    path = tmp_path / "router.sock"
+
+    result = sniroute(command, "--control", str(path))
+
+    assert (1, "") == (result.exit_code, result.stdout)
+    assert f"no answer from the router at {path}: No such file or directory\n" in result.stderr
+
+
+STATUS = {
+    "type": "status",
+    "version": "1.2.3",
+    "ready": True,
+    "draining": False,
+    "generation": 7,
+    "routes": 2,
+    "table_age": 12.4,
+    "handoff": {"chosen": "sockmap", "reason": "self-test passed"},
+    "client_ip": {"mode": "auto", "working": True, "reason": "proven for IPv4 and IPv6"},
+    "connections": {"active": 3, "total": 40, "max": 9000},
+    "controllers": 1,
+    "engines": [
+        {"name": "docker", "connected": False, "containers": 5, "url": "unix:///run/docker.sock"}
+    ],
+    "problems": [
+        {
+            "severity": "error",
+            "code": "bad_host",
+            "container": "web",
+            "label": "sniroute.host",
+            "value": "a.*.org",
+            "detail": "no such host",
+        }
+    ],
+}
+
+
+def test_status_is_a_table_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    `status` tells the router, its engines and the problems, in columns.
+    """
+    monkeypatch.setattr(cli, "_ask", lambda *_: STATUS)
+
+    lines = sniroute("status").output.splitlines()
+
+    assert [
+        "router       1.2.3, ready",
+        "table        generation 7, 2 routes, 12 s old",
+        "hand-off     sockmap (self-test passed)",
+        "client-ip    auto, working (proven for IPv4 and IPv6)",
+        "connections  3 of 9000, 40 ended",
+        "controllers  1",
+        "",
+        "ENGINE  EVENTS  CONTAINERS  URL",
+        "docker  lost    5           unix:///run/docker.sock",
+        "",
+        "SEVERITY  CODE      CONTAINER  LABEL          VALUE    DETAIL",
+        "error     bad_host  web        sniroute.host  a.*.org  no such host",
+    ] == lines
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"ready": False, "table_age": None, "generation": 0}, "router       1.2.3, not ready"),
+        ({"ready": False, "draining": True}, "router       1.2.3, draining"),
+        ({"table_age": None}, "table        generation 7, 2 routes, none yet"),
+    ],
+)
+def test_status_tells_what_is_not_as_it_should_be(
+    change: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A router without a table, or one that drains, does not look ready.
+    """
+    monkeypatch.setattr(cli, "_ask", lambda *_: STATUS | change)
+
+    assert line in sniroute("status").output.splitlines()
+
+
+def test_status_for_programs_is_the_answer_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    `status --json` is one JSON object, with all that the router tells.
+    """
+    monkeypatch.setattr(cli, "_ask", lambda *_: STATUS)
+
+    assert STATUS == json.loads(sniroute("status", "--json").output)
+
+
+def test_routes_are_a_line_for_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    `routes` shows each backend with the host it is for.
+    """
+    backend = {"name": "web-1", "source": "docker", "address": "198.51.100.2", "port": 443}
+    other = backend | {"name": "web-2", "address": "2001:db8::2"}
+    routes = [{"host": "*.example.com", "backends": [backend, other]}]
+    monkeypatch.setattr(cli, "_ask", lambda *_: {"routes": routes})
+
+    assert [
+        "HOST           BACKEND  ADDRESS           SOURCE",
+        "*.example.com  web-1    198.51.100.2 443  docker",
+        "*.example.com  web-2    2001:db8::2 443   docker",
+    ] == sniroute("routes").output.splitlines()
+    assert routes == json.loads(sniroute("routes", "--json").output)
+
+
+def test_version_is_told() -> None:
+    """
+    `--version` prints the name and the version, and starts nothing.
+    """
+    result = sniroute("--version")
+
+    assert result.exit_code == 0
+    assert result.output.startswith("sniroute ")
