@@ -102,6 +102,9 @@ def run(settings: RunSettings) -> int:
             status = child.reap()
             if status is not None:
                 lived = time.monotonic() - child.started
+                if child.name == "router" and not status:
+                    # drained through its control socket: what was asked for is the end
+                    return _stop(children, settings.drain)
                 logger.error("ended", child=child.name, status=status, seconds=round(lived, 1))
                 if child.name == "router" and child.starts == 1 and status > 0 and lived < LIVED:
                     _stop(children, settings.drain)

@@ -68,26 +68,26 @@ def _serve(settings: RouterSettings) -> None:
     # loaded and bound: joining sockets needs no privilege, only a client's address does
     off = settings.client_ip == ClientIp.OFF
     privilege.drop_to(() if off else ("NET_ADMIN",))
-    router.transparency.start()
     _choose(router, splice, refusal)
     name = version("sniroute")
     control = Control(router, settings.control, name)
     if settings.metrics != "off":
         serve(settings.metrics, router, control, name)
     _drain_on_signal(router)
-    if error := lib.confine():
-        logger.warning("not confined", error=os.strerror(-error))
-    router.listen(listeners)
-    logger.info(
-        "router ready",
-        version=name,
-        listen=settings.listen,
-        handoff=router.ladder[0].name,
-        reason=router.ladder_reason,
-        max_connections=router.max_connections,
-        capabilities=sorted(capabilities),
-    )
     try:
+        router.transparency.start()
+        if error := lib.confine():
+            logger.warning("not confined", error=os.strerror(-error))
+        router.listen(listeners)
+        logger.info(
+            "router ready",
+            version=name,
+            listen=settings.listen,
+            handoff=router.ladder[0].name,
+            reason=router.ladder_reason,
+            max_connections=router.max_connections,
+            capabilities=sorted(capabilities),
+        )
         loop.run()
     finally:
         router.transparency.stop()

@@ -69,7 +69,11 @@ class Control:
         self._path.unlink(missing_ok=True)
 
     def _on_peer(self, _: int) -> None:
-        connection, _address = self._socket.accept()
+        try:
+            connection, _address = self._socket.accept()
+        except OSError as err:
+            log.warning("control connection not accepted", error=str(err))
+            return
         connection.setblocking(False)
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, uid, _gid = struct.unpack("iII", credentials)

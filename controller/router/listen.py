@@ -3,7 +3,6 @@ Listening and accepting.
 """
 
 import errno
-import os
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -67,5 +66,5 @@ def bind_listener(address: str, receive_buffer: int) -> socket.socket:
         listener.setblocking(False)
     except OSError as err:
         listener.close()
-        raise OSError(err.errno, f"listen on {address}: {os.strerror(err.errno or 0)}") from None
+        raise OSError(err.errno, f"listen on {address}: {err.strerror}") from None
     return listener

@@ -8,6 +8,7 @@ Rules of this file:
    can not come back as another connection's, so a late event meets nobody.
 """
 
+import contextlib
 import errno
 import heapq
 import os
@@ -16,10 +17,14 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import structlog
+
 from controller.router._native import lib
 
 ONE_SHOT_EVENTS: Final = 256
 """Events taken from the kernel at once; a round stays well under a millisecond."""
+
+log = structlog.get_logger()
 
 Handler = Callable[[int], None]
 
@@ -60,6 +65,7 @@ class Loop:
         self.round_ends: list[Callable[[], None]] = []
         self.now = time.monotonic()
         self.stopping = False
+        self.faults = 0
 
     @property
     def epoll_fd(self) -> int:
@@ -129,16 +135,36 @@ class Loop:
         for fd, event in events:
             handler = handlers.get(fd)
             if handler is not None:
-                handler(event)
+                try:
+                    handler(event)
+                except Exception as err:  # noqa: BLE001 - the root of all that handlers do
+                    self._fault(handler, err)
         if self._soon:
             actions, self._soon = self._soon, []
             for action in actions:
-                action()
+                self._call(action)
         while self._timers and self._timers[0].due <= self.now:
             due = heapq.heappop(self._timers).action
             if due is not None:
-                due()
+                self._call(due)
         self._end_round()
+
+    def _call(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as err:  # noqa: BLE001 - as above
+            self._fault(action, err)
+
+    def _fault(self, action: Callable[..., None], error: Exception) -> None:
+        """
+        Have a fault of ours cost the connection that met it, and no other.
+        """
+        self.faults += 1
+        log.error("internal error", exc_info=error)
+        cut = getattr(getattr(action, "__self__", None), "cut", None)
+        if cut is not None:
+            with contextlib.suppress(Exception):
+                cut("internal_error")
 
     def _wait(self, patience: float | None) -> float | None:
         if self._soon:

@@ -91,6 +91,11 @@ class RouterCollector(Collector):
             router.stats.table_updates,
         )
         yield CounterMetricFamily(
+            "sniroute_internal_errors",
+            "Faults of the router's own, each of which cost at most one connection.",
+            value=router.loop.faults,
+        )
+        yield CounterMetricFamily(
             "sniroute_log_lines_dropped",
             "Lines of the log that found its queue full, since nobody read it.",
             value=dropped_lines(),

@@ -6,6 +6,7 @@ does not answer to a client's address but to ours is remembered until it changes
 answered to a client's address before: then the fault is not its way back.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import Final
@@ -14,7 +15,7 @@ import structlog
 
 from controller.core.clientip import Choice, Network, choose
 from controller.core.routes import Backend
-from controller.router.plumbing import Plumbing, PlumbingError, Watch
+from controller.router.plumbing import Plumbing, PlumbingError, Watch, read_network
 from controller.router.probe import probe
 from controller.settings import ClientIp, RouterSettings
 
@@ -132,6 +133,10 @@ class Transparency:
         """
         Forget all but *backends*: a changed backend begins anew.
         """
+        if self._watch is not None:
+            # a new backend's network may be new too, and a neighbour of it must be known as one
+            with contextlib.suppress(PlumbingError):
+                self._watch.network = read_network()
         kept = set(backends)
         self._no_reply &= kept
         self._proven &= kept

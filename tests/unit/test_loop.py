@@ -210,3 +210,45 @@ def test_run_goes_on_until_stopping(loop: Loop, pair: Pair) -> None:
     loop.run()
 
     assert far.recv(1) == b""
+
+
+class Faulty:
+    """
+    Someone whose handler fails.
+    """
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    def fail(self, *_: int) -> None:
+        """
+        Fail.
+        """
+        raise ZeroDivisionError
+
+    def cut(self, reason: str) -> None:
+        """
+        Take note of the end.
+        """
+        self.ends.append(reason)
+
+
+def test_a_fault_costs_only_who_met_it(loop: Loop) -> None:
+    """
+    A handler or a timer that fails is counted and its owner cut; the others go on.
+    """
+    calls: list[str] = []
+    by_event, by_timer = Faulty(), Faulty()
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+    loop.watch(reading, select.EPOLLIN | select.EPOLLET, by_event.fail)
+    loop.later(0, by_timer.fail)
+    loop.later(0.001, lambda: calls.append("other"))
+
+    turn_until(loop, calls)
+    loop.close(reading)
+    loop.turn(0)
+    os.close(writing)
+
+    assert ["internal_error"] == by_event.ends == by_timer.ends
+    assert loop.faults == 2
