@@ -21,7 +21,7 @@ TEST_PACKAGES := $(DEMO_PACKAGES) aardvark-dns bpftool clang-format curl deboots
 	libnginx-mod-stream openssl podman procps runc slirp4netns strace
 
 NATIVE_C := $(filter-out %/_ffi.c,$(wildcard bpfprog/*.[ch] controller/router/native/*.[ch]))
-C_FILES := $(NATIVE_C) $(wildcard tests/bench/*.c)
+C_FILES := $(NATIVE_C) $(wildcard tests/bench/*.c tests/harness/*.c)
 NATIVE := $(NATIVE_C) bpfprog/build_ffi.py controller/router/build_native.py setup.py pyproject.toml
 
 # $(call packages,NAMES): see that they are installed
