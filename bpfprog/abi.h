@@ -33,8 +33,10 @@ struct counts {
 	__u64 redirected; /* handed to the kernel queue of the destination */
 	__u64 passed; /* left to user space because the destination lags */
 	__u32 base; /* the destination's write_seq before the first of these bytes */
+	__u32 next; /* the source's sequence number of the next byte that is new */
+	__u32 begun; /* next is set */
 	__u32 based; /* base is set */
-	__u64 pad[5];
+	__u64 pad[4];
 };
 
 /* Why the event ring is not enough: counters of what the program could not do. */

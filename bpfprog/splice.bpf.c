@@ -29,7 +29,12 @@ struct inet_connection_sock {
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u32 write_seq;
+	__u32 copied_seq;
 } KERNEL;
+
+/* the most that sk_skb_adjust_room takes away at once, and the most steps for a segment */
+#define TRIM_STEP 0xfff
+#define TRIM_STEPS 17
 
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
@@ -98,23 +103,61 @@ static int pass(struct counts *count, const volatile __u64 *done, __u32 slot, __
 	return SK_PASS;
 }
 
+/* Take away the bytes that came before: a retransmission may overlap what was received, and
+ * tcp_read_skb hands out whole segments where a reader would begin at copied_seq.
+ *
+ * Returns how many bytes are new, or -1 when the segment must not be moved.
+ */
+static int trim(struct __sk_buff *skb, struct counts *count)
+{
+	/* TCP_SKB_CB(skb)->seq: nobody else has written there since TCP queued the segment */
+	__u32 seq = skb->cb[0], len = skb->len, old;
+
+	if (!count->begun) {
+		struct bpf_sock *own = skb->sk;
+		struct tcp_sock *src = own ? bpf_skc_to_tcp_sock(own) : NULL;
+
+		if (!src)
+			return -1;
+		count->next = src->copied_seq;
+		count->begun = 1;
+	}
+	old = count->next - seq;
+	if ((int)old <= 0) {
+		count->next = seq + len;
+		return len;
+	}
+	if (old >= len)
+		return 0;
+	for (int i = 0; i < TRIM_STEPS && old; i++) {
+		__u32 some = old < TRIM_STEP ? old : TRIM_STEP;
+
+		if (bpf_skb_adjust_room(skb, -(int)some, 0, 0))
+			return -1;
+		old -= some;
+		len -= some;
+	}
+	count->next += len;
+	return old ? -1 : (int)len;
+}
+
 SEC("sk_skb/stream_verdict")
 int verdict(struct __sk_buff *skb)
 {
 	__u64 self = bpf_get_socket_cookie(skb);
-	__u32 len = skb->len, slot, limit, accepted, queued;
+	__u32 slot, limit, accepted, queued;
 	const volatile __u64 *done;
 	struct direction *dir;
 	struct counts *count;
 	struct tcp_sock *tcp;
 	struct bpf_sock *dst;
 	__u64 peer;
-	int room;
+	int len, room;
 
 	/* A lone FIN.  Redirected it ends the destination with EPIPE, and passed, when bytes are
 	 * queued for this very socket, it ends this one (sk_psock_backlog takes 0 for an error).
 	 */
-	if (!len)
+	if (!skb->len)
 		return SK_DROP;
 
 	dir = bpf_map_lookup_elem(&directions, &self);
@@ -133,6 +176,13 @@ int verdict(struct __sk_buff *skb)
 	done = bpf_map_lookup_elem(&consumed, &slot);
 	if (!count || !done)
 		return SK_PASS;
+
+	/* Nothing new comes only with a FIN; what could not be trimmed is never moved, and what
+	 * is acknowledged and not moved keeps the direction from ever counting as drained.
+	 */
+	len = trim(skb, count);
+	if (len <= 0)
+		return SK_DROP;
 
 	/* what user space still holds must not be overtaken */
 	if (count->passed != *done)
@@ -164,7 +214,7 @@ int verdict(struct __sk_buff *skb)
 	/* A backlog that the send buffer has no room for would poll each jiffy, and hold back
 	 * what is passed from this destination, which queues behind it.
 	 */
-	if (room < (int)(queued + len))
+	if (room < (int)queued + len)
 		return pass(count, done, slot, len);
 
 	count->redirected += len;

@@ -173,9 +173,9 @@ class Splice:
         Join two sockets; what is queued in them moves at the next segment, or a kick.
 
         Returns:
-            Whether they are joined, and the cookies to leave with.  Not joined means that the
-            kernel refused the backend when the client was in already: the client stays in the map
-            and passes all it receives to user space, which must relay.
+            Whether they are joined, and the cookies to leave with, either way.  Not joined means
+            that the kernel refused the backend when the client was in already: the client stays in
+            the map and passes all it receives to user space, which must relay.
 
         Raises:
             OSError: the kernel refused the client (MPTCP, or half-closed: EOPNOTSUPP); neither

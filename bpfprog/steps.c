@@ -101,8 +101,7 @@ static int splice_leave(struct splice *splice, const uint64_t *cookies, uint32_t
 /* Enter both sockets, the client first: it is the one that the kernel may refuse.
  *
  * Returns 0; -errno when neither socket is joined; 1 when the backend alone was
- * refused, so that the client is in the map without a direction and all it sends is
- * passed to user space.
+ * refused: the client is in the map, and all it sends is passed to user space.
  */
 static int splice_join(struct splice *splice, int client, int backend, uint32_t connection,
 		       uint32_t limit, uint64_t cookies[2])
@@ -138,8 +137,11 @@ static int splice_join(struct splice *splice, int client, int backend, uint32_t 
 		if (bpf_map_update_elem(splice->sockets, &cookies[i], &fd, BPF_NOEXIST)) {
 			int err = errno;
 
+			/* a verdict of the client's may have looked its direction up */
+			if (i)
+				return 1;
 			splice_leave(splice, cookies, 2);
-			return i ? 1 : -err;
+			return -err;
 		}
 	}
 	return 0;

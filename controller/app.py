@@ -27,7 +27,7 @@ from controller.core.routes import Route, RouteTable
 from controller.core.wire import Message
 from controller.link import Link, delays, reason
 from controller.routesfile import SOURCE, RoutesFile
-from controller.runtime import EngineAddress, Runtime, find_engines
+from controller.runtime import EngineAddress, Listing, Runtime, find_engines
 from controller.settings import ControllerSettings
 
 GATHER = 0.02
@@ -90,12 +90,19 @@ class Engine:
 
     address: EngineAddress
     bell: Bell
-    listing: tuple[Container, ...] | None = None
+    listing: Listing | None = None
     connected: bool = False
     last_list: float | None = None
     lists: int = 0
     failed_lists: int = 0
     error: str = ""
+
+    @property
+    def containers(self) -> tuple[Container, ...]:
+        """
+        What it runs, as far as is known.
+        """
+        return self.listing.containers if self.listing is not None else ()
 
     @property
     def expected(self) -> bool:
@@ -112,7 +119,7 @@ class Engine:
             "name": self.address.name,
             "url": self.address.url,
             "connected": self.connected,
-            "containers": sum(is_labelled(c.labels) for c in self.listing or ()),
+            "containers": sum(is_labelled(c.labels) for c in self.containers),
             "last_list": self.last_list,
             "events": self.bell.count,
             "lists": self.lists,
@@ -130,7 +137,7 @@ class Controller:
         self._engines = [Engine(address, Bell()) for address in find_engines(settings.engine)]
         self._file_routes: tuple[Route, ...] | None = None
         self._file_problems: tuple[Problem, ...] = ()
-        self._served: tuple[Route, ...] = ()
+        self._served = RouteTable(0, ())
         self._refused: str | None = None
         self._problems: frozenset[Problem] = frozenset()
         self._link = Link(settings.control, self._on_served, self._on_refused)
@@ -177,7 +184,7 @@ class Controller:
             since = None
             while True:
                 try:
-                    engine.listing = await runtime.containers()
+                    engine.listing = await runtime.look()
                 except Exception:
                     engine.failed_lists += 1
                     raise
@@ -206,7 +213,7 @@ class Controller:
     def _on_served(self, table: RouteTable) -> None:
         # a router that has just started knows less than we do
         if table.generation:
-            self._served = table.routes
+            self._served = table
         self._replan()
 
     def _on_refused(self, error: str | None) -> None:
@@ -219,12 +226,13 @@ class Controller:
         heard = [e for e in self._engines if e.listing is not None]
         if self._settings.routes is not None and self._file_routes is None:
             silent.add(SOURCE)
-        containers = [c for e in heard for c in e.listing or ()]
+        containers = [c for e in heard for c in e.containers]
         result = plan(containers, self._file_routes or (), self._settings.network)
         self._note(result.problems)
         # with nothing heard at all there is no table, which is not the same as an empty one
         if heard or self._file_routes is not None or not silent:
-            self._link.want(carry(result.routes, self._served, silent), since)
+            routes = carry(result.routes, self._served.routes, silent)
+            self._link.want(routes, self._networks(), since)
         self._link.tell(
             {
                 "type": "report",
@@ -232,6 +240,13 @@ class Controller:
                 "problems": [problem.fields() for problem in sorted(self._problems)],
             }
         )
+
+    def _networks(self) -> tuple[str, ...]:
+        found = {subnet for e in self._engines if e.listing for subnet in e.listing.subnets}
+        # of whom the served ones are is not known; the next list of the missing engine clears them
+        if any(e.expected and e.listing is None for e in self._engines):
+            found.update(self._served.networks)
+        return tuple(sorted(found))
 
     def _note(self, planned: tuple[Problem, ...]) -> None:
         problems = {*planned, *self._file_problems}

@@ -121,7 +121,7 @@ async def _check_engine(engine: EngineAddress, network: str | None) -> Findings:
     found = Findings(engine.name)
     try:
         async with Runtime(engine) as runtime:
-            containers = await runtime.containers()
+            containers = (await runtime.look()).containers
     except Exception as err:  # noqa: BLE001 - whatever it is, the other places are still looked at
         found.problems.append(
             Problem(Code.ENGINE_UNREACHABLE, engine.name, "", engine.url, reason(err))

@@ -140,6 +140,18 @@ def _place(url: str) -> object:
     return at.st_dev, at.st_ino
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """
+    What an engine runs: containers with a label of ours, and those whose network they share.
+
+    *subnets* are those of all its networks on this host: whose containers may be clients.
+    """
+
+    containers: tuple[Container, ...]
+    subnets: frozenset[str]
+
+
 class Runtime:
     """
     A connection to one engine, good until the engine goes away.
@@ -177,15 +189,13 @@ class Runtime:
             stream.cancel()
             await asyncio.wait([stream])
 
-    async def containers(self) -> tuple[Container, ...]:
+    async def look(self) -> Listing:
         """
-        List the running containers with a label of ours, and those whose network they share.
+        List what runs now.
         """
         async with asyncio.timeout(LIST_TIMEOUT):
             listed = await self._docker.containers.list()
             wanted = {entry["Id"] for entry in listed if is_labelled(entry["Labels"])}
-            if not wanted:
-                return ()
             if self._rootless is None:
                 self._rootless = await self._is_rootless()
             networks = {entry["Name"]: entry for entry in await self._docker.networks.list()}
@@ -199,7 +209,7 @@ class Runtime:
                     )
                 modes = (container.mode.partition(":") for container in found.values())
                 wanted = {target for mode, _, target in modes if mode == "container"} - asked
-            return tuple(found.values())
+            return Listing(tuple(found.values()), frozenset(_local_subnets(networks.values())))
 
     async def _is_rootless(self) -> bool:
         try:
@@ -274,6 +284,19 @@ def _read_network(name: str, entry: Mapping[str, Any], about: Mapping[str, Any])
         # Podman knows no such thing: it takes every default route there is
         priority=entry.get("GwPriority") or 0,
     )
+
+
+def _local_subnets(networks: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    for about in networks:
+        subnets = []
+        for entry in (about.get("IPAM") or {}).get("Config") or ():
+            # a subnet that can not be read is one that the engine did not settle
+            with contextlib.suppress(ValueError):
+                subnets.append(ipaddress.ip_network(entry.get("Subnet") or "", strict=False))
+        if about.get("Driver") not in _NOT_BRIDGED and any(
+            is_local(str(subnet[0] + 1), subnet.prefixlen) for subnet in subnets
+        ):
+            yield from map(str, subnets)
 
 
 def _tcp_ports(keys: Iterable[str]) -> Iterable[int]:

@@ -5,4 +5,9 @@ What holds for all tests.
 import pytest
 
 # assertions in these explain themselves as those in test files do
-pytest.register_assert_rewrite("harness.hello_promises", "harness.transfer_promises")
+pytest.register_assert_rewrite(
+    "harness.hello_promises",
+    "harness.lossy_promises",
+    "harness.proxy_promises",
+    "harness.transfer_promises",
+)

@@ -11,6 +11,8 @@ own_host       the client is this host, so its address is taken
 not_unicast    a trusted sender told of a client that no one can be
 link_local     the client's address means nothing beyond one link
 same_network   the backend sees the client on its own network, and would answer it directly
+container_network
+               the client is a container, whose address its engine hides beyond its own network
 no_reply       it was tried, and no reply came
 
 and whatever word the controller has for a backend whose replies take another way.
@@ -96,6 +98,7 @@ def choose(  # noqa: PLR0911 - one return for each reason
     network: Network,
     *,
     working: bool,
+    containers: frozenset[IPNetwork] = frozenset(),
     detour: str = "",
     learned: bool = False,
 ) -> Choice:
@@ -103,7 +106,8 @@ def choose(  # noqa: PLR0911 - one return for each reason
     Choose for one connection from *client* to *backend*, addresses as text or packed.
 
     *mode* is auto, transparent, nat or off; `transparent` yields only to what can never be.
-    *learned* tells that this backend's replies did not come when it was tried.
+    *containers* are the container networks of this host; *learned* tells that this backend's
+    replies did not come when it was tried.
     """
     if mode in _PLAIN:
         return _PLAIN[mode]
@@ -114,17 +118,26 @@ def choose(  # noqa: PLR0911 - one return for each reason
         return _TRANSPARENT
     if not working or source.version not in network.families:
         return Choice(transparent=False, reason="unavailable")
-    if source.is_loopback or source in _addresses(network):
-        return Choice(transparent=False, reason="own_host")
-    if source.is_multicast or source.is_unspecified:
-        return Choice(transparent=False, reason="not_unicast")
-    if source.is_link_local:
-        return Choice(transparent=False, reason="link_local")
+    if flaw := _flaw(source, network):
+        return Choice(transparent=False, reason=flaw)
     if any(source in shared for shared in _shared(network, target)):
         return Choice(transparent=False, reason="same_network")
+    if _within(source, containers):
+        return Choice(transparent=False, reason="container_network")
     if detour or learned:
         return Choice(transparent=False, reason=detour or "no_reply")
     return _TRANSPARENT
+
+
+def _flaw(source: Address, network: Network) -> str:
+    """
+    Find why *source* can be lent to no backend at all.
+    """
+    if source.is_loopback or source in _addresses(network):
+        return "own_host"
+    if source.is_multicast or source.is_unspecified:
+        return "not_unicast"
+    return "link_local" if source.is_link_local else ""
 
 
 def _plain(address: Address) -> Address:
@@ -145,6 +158,11 @@ def _parse(address: str) -> Address:
 @lru_cache(4)
 def _addresses(network: Network) -> frozenset[Address]:
     return frozenset(interface.ip for interface in network.interfaces)
+
+
+@lru_cache(4096)
+def _within(address: Address, networks: frozenset[IPNetwork]) -> bool:
+    return any(address in network for network in networks)
 
 
 @lru_cache(4096)

@@ -7,7 +7,7 @@ Rules of this file:
 2. What is wrong with one container is a problem value and changes no other container's routes.
 3. Port: the label, else the only exposed TCP port, else 443 if exposed, else a problem.
 4. Network: the label, else the configured one, else the only one that can be reached; of several
-   the first by name, with a warning.  IPv4 before IPv6.
+   the first by name, with a warning.  IPv4 before IPv6, and both where there are both.
 5. Detour: the first reason for which replies to strangers may not leave by that network; none
    where the container's only default route, or the preferred one, goes there.
 """
@@ -109,7 +109,7 @@ def plan(
             # both, so that one look shows every problem
             port, place = picker.port(), picker.place(by_id, network)
             if port and place:
-                address, detour = place
+                address, address6, detour = place
                 backend = Backend(
                     container.name,
                     container.source,
@@ -118,6 +118,7 @@ def plan(
                     spec.client_ip,
                     spec.proxy_protocol,
                     detour,
+                    address6,
                 )
                 pairs += [(host, backend) for host in spec.hosts]
     return Plan(pool(pairs), tuple(sorted(set(problems))))
@@ -186,12 +187,12 @@ class _Picker:
 
     def place(
         self, by_id: Mapping[tuple[str, str], Container], configured: str | None
-    ) -> tuple[str, Detour] | None:
+    ) -> tuple[str, str, Detour] | None:
         owner = self._owner(by_id)
         if owner is None:
             return None
         if owner.mode == "host":
-            return HOST_ADDRESS, Detour.HOST_NETWORK
+            return HOST_ADDRESS, "", Detour.HOST_NETWORK
         network = self._network(owner.networks, configured)
         if network is None:
             return None
@@ -201,7 +202,8 @@ class _Picker:
                 Code.NO_ADDRESS, "network", network.name, "the container has no address there"
             )
             return None
-        return address, _detour(owner, network)
+        address6 = network.address6 if network.address else ""
+        return address, address6, _detour(owner, network)
 
     def _owner(self, by_id: Mapping[tuple[str, str], Container]) -> Container | None:
         # a container may live in the network of another one, that one in a third
@@ -255,15 +257,20 @@ def _detour(owner: Container, network: Network) -> Detour:
         return Detour.INTERNAL_NETWORK
     if not network.reachable:
         return Detour.NOT_LOCAL
-    gateway = attrgetter("gateway" if network.address else "gateway6")
+    families = (network.address, "gateway"), (network.address6, "gateway6")
+    if any(address and _has_rival(owner, network, gateway) for address, gateway in families):
+        return Detour.SEVERAL_NETWORKS
+    return Detour.NONE
+
+
+def _has_rival(owner: Container, network: Network, family: str) -> bool:
+    gateway = attrgetter(family)
     rivals = [
         other.priority
         for other in owner.networks
         if other is not network and not other.internal and gateway(other)
     ]
-    if rivals and not (gateway(network) and network.priority > max(rivals)):
-        return Detour.SEVERAL_NETWORKS
-    return Detour.NONE
+    return bool(rivals) and not (gateway(network) and network.priority > max(rivals))
 
 
 def _named(networks: Iterable[Network], wanted: str) -> list[Network]:

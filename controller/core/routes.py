@@ -40,12 +40,13 @@ class Detour(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Backend:
     """
-    One address that a route leads to.
+    One container, or one static address, that a route leads to.
 
     *address* is an IP literal; *name* is the container's name, or the address and port of a
     static backend; *source* is the engine, or the routes file, that told of it.  *client_ip* is
     one of CLIENT_IPS, or empty for the router's default; *proxy_protocol* is one of
-    PROXY_PROTOCOLS; *detour* is a `Detour`.
+    PROXY_PROTOCOLS; *detour* is a `Detour`; *address6* is an IPv6 literal where *address* is an
+    IPv4 one and there are both, else empty.
     """
 
     name: str
@@ -55,6 +56,13 @@ class Backend:
     client_ip: str = ""
     proxy_protocol: str = "off"
     detour: str = Detour.NONE
+    address6: str = ""
+
+    def reached_from(self, version: int) -> str:
+        """
+        Give the address for clients of IP *version*: of their family, if there is one.
+        """
+        return (version == 6 and self.address6) or self.address  # noqa: PLR2004 - IPv6
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +81,17 @@ class Route:
 class RouteTable:
     """
     An immutable set of routes under a generation number.
+
+    *networks* are the subnets, as text and sorted, of all container networks on this host.
     """
 
-    __slots__ = ("_routes", "generation")
+    __slots__ = ("_routes", "generation", "networks")
 
-    def __init__(self, generation: int, routes: Iterable[Route]) -> None:
+    def __init__(
+        self, generation: int, routes: Iterable[Route], networks: Iterable[str] = ()
+    ) -> None:
         self.generation = generation
+        self.networks = tuple(sorted(networks))
         self._routes = {route.host: route for route in routes}
 
     @property

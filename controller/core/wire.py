@@ -2,12 +2,14 @@
 The control socket's messages: one JSON object a line, both ways.
 
     controller -> router   hello   {version}
-    router -> controller   hello   {version, generation, routes}      the table it serves now
-    controller -> router   table   {generation, routes}               always the whole table
+    router -> controller   hello   {version, TABLE}                   the table it serves now
+    controller -> router   table   {TABLE}                            always the whole table
     router -> controller   ack     {generation}
     router -> controller   nack    {generation, error}                the old table stays
     controller -> router   report  {engines, problems}                what the controller sees
     anyone -> router       status | routes | drain                    answered by one line each
+
+TABLE is `generation, routes, networks`: the last are the subnets of the host's container networks.
 
 Rules of this file: a message that is not exactly as written here raises `WireError`; nothing is
 guessed.  The router checks the whole of a table before it takes any of it.
@@ -32,7 +34,7 @@ from controller.core.routes import (
 VERSION = 1
 
 MAX_LINE = 64 * 1024 * 1024
-"""Longest message in bytes: a table of half a million backends, at 130 bytes each."""
+"""Longest message in bytes: a table of three hundred thousand backends, at 200 bytes each."""
 
 MAX_GENERATION = 2**53
 """Largest number that every reader of JSON, of metrics and of logs takes as it is."""
@@ -41,6 +43,7 @@ Message = dict[str, Any]
 
 _BACKEND = {field.name for field in fields(Backend)}
 _DETOURS = frozenset(map(str, Detour))
+_TABLE = {"generation", "routes", "networks"}
 
 
 _ENGINE = {
@@ -120,6 +123,7 @@ def dump_routes(routes: Iterable[Route]) -> list[Message]:
                     "name": b.name,
                     "source": b.source,
                     "address": b.address,
+                    "address6": b.address6,
                     "port": b.port,
                     "client_ip": b.client_ip,
                     "proxy_protocol": b.proxy_protocol,
@@ -130,6 +134,17 @@ def dump_routes(routes: Iterable[Route]) -> list[Message]:
         }
         for route in routes
     ]
+
+
+def dump_table(table: RouteTable) -> Message:
+    """
+    Write *table* as the members of a hello or table message that tell it.
+    """
+    return {
+        "generation": table.generation,
+        "routes": dump_routes(table.routes),
+        "networks": list(table.networks),
+    }
 
 
 def read_routes(value: object) -> tuple[Route, ...]:
@@ -167,13 +182,12 @@ def read_hello(message: Message) -> RouteTable:
     Read the router's `hello`: the table it serves; generation 0 when it has none yet.
 
     Raises:
-        WireError: another version, or as `read_routes`.
+        WireError: another version, or as `read_table`.
     """
     if message.get("type") != "hello" or message.get("version") != VERSION:
         raise WireError(f"hello: not from a router of version {VERSION}")
-    entry = _members(message, "hello", {"type", "version", "generation", "routes"})
-    generation = _generation(entry["generation"], "hello.generation", 0)
-    return RouteTable(generation, read_routes(entry["routes"]))
+    _members(message, "hello", {"type", "version", *_TABLE})
+    return _read_table(message, "hello", 0)
 
 
 def read_table(message: Message) -> RouteTable:
@@ -181,11 +195,11 @@ def read_table(message: Message) -> RouteTable:
     Read a `table` message.
 
     Raises:
-        WireError: as `read_routes`, or the generation is not a positive number.
+        WireError: as `read_routes`, or the generation is not a positive number, or the networks
+            are not written as they should be.
     """
-    entry = _members(message, "table", {"type", "generation", "routes"})
-    generation = _generation(entry["generation"], "table.generation", 1)
-    return RouteTable(generation, read_routes(entry["routes"]))
+    _members(message, "table", {"type", *_TABLE})
+    return _read_table(message, "table", 1)
 
 
 def read_report(message: Message) -> Message:
@@ -204,13 +218,35 @@ def read_report(message: Message) -> Message:
     }
 
 
+def _read_table(message: Message, where: str, least: int) -> RouteTable:
+    generation = _generation(message["generation"], f"{where}.generation", least)
+    routes = read_routes(message["routes"])
+    networks = [
+        _network(_str(item, f"networks[{i}]"), f"networks[{i}]")
+        for i, item in enumerate(_list(message["networks"], "networks"))
+    ]
+    if networks != sorted(set(networks)):
+        raise WireError("networks: not sorted, or one occurs twice")
+    return RouteTable(generation, routes, networks)
+
+
+def _network(text: str, where: str) -> str:
+    try:
+        normal = str(ipaddress.ip_network(text))
+    except ValueError as err:
+        raise WireError(f"{where}: {err}") from None
+    if normal != text:
+        raise WireError(f"{where}: not normalised: {text!r}")
+    return text
+
+
 def _read_backend(item: object, where: str) -> Backend:
     entry = _members(item, where, _BACKEND)
     address = _str(entry["address"], f"{where}.address")
-    try:
-        ipaddress.ip_address(address)
-    except ValueError as err:
-        raise WireError(f"{where}.address: {err}") from None
+    version = _version(address, f"{where}.address")
+    address6 = _str(entry["address6"], f"{where}.address6")
+    if address6 and (version, _version(address6, f"{where}.address6")) != (4, 6):
+        raise WireError(f"{where}.address6: not IPv6 beside IPv4: {address6!r}")
     port = entry["port"]
     if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536:  # noqa: PLR2004 - the range of a port
         raise WireError(f"{where}.port: not a port: {port!r}")
@@ -222,7 +258,15 @@ def _read_backend(item: object, where: str) -> Backend:
         _word(entry["client_ip"], f"{where}.client_ip", ("", *CLIENT_IPS)),
         _word(entry["proxy_protocol"], f"{where}.proxy_protocol", PROXY_PROTOCOLS),
         _word(entry["detour"], f"{where}.detour", _DETOURS),
+        address6,
     )
+
+
+def _version(address: str, where: str) -> int:
+    try:
+        return ipaddress.ip_address(address).version
+    except ValueError as err:
+        raise WireError(f"{where}: {err}") from None
 
 
 def _generation(value: object, where: str, least: int) -> int:

@@ -41,6 +41,13 @@ def pack(address: Address) -> Endpoint:
     return socket.inet_pton(family, address[0]), address[1]
 
 
+def ip_version(packed: bytes) -> int:
+    """
+    Tell whether an address is of IPv4 or IPv6.
+    """
+    return 4 if len(packed) == _IPV4_SIZE else 6
+
+
 def socket_address(packed: bytes, port: int) -> bytes:
     """
     Write an endpoint as a `struct sockaddr_in` or `sockaddr_in6`.

@@ -13,6 +13,7 @@ import errno
 import os
 import select
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -34,6 +35,7 @@ from controller.core.session import Side
 from controller.router._native import ffi, lib
 from controller.router.address import (
     backend_address,
+    ip_version,
     pack,
     read_endpoint,
     readable,
@@ -41,7 +43,7 @@ from controller.router.address import (
 )
 from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused
 from controller.router.loop import Handler, Timer
-from controller.router.transparency import NO_REPLY
+from controller.router.transparency import NO_REPLY, NOT_THERE
 from controller.settings import ClientIp
 
 if TYPE_CHECKING:
@@ -122,17 +124,19 @@ class Connection:
     """
 
     __slots__ = (
-        "_client",
         "_connecting",
         "_header",
         "_hello_reader",
+        "_leaves",
         "_peer",
         "_router",
+        "_taken",
         "_timer",
         "_tries",
         "backend",
         "began",
         "choice",
+        "client",
         "connect_seconds",
         "dialled",
         "fd",
@@ -146,12 +150,14 @@ class Connection:
     def __init__(self, router: "Router", fd: int, arrival: Any, began: float) -> None:
         self._router = router
         self.fd = fd
-        self._peer = self._client = read_endpoint(arrival.peer)
+        self._peer = self.client = read_endpoint(arrival.peer)
         self._header = NO_HEADER
         self._hello_reader = arrival.hello
         self._timer: Timer | None = None
         self._connecting = -1
         self._tries: list[Backend] = []
+        self._taken = b""
+        self._leaves: list[Callable[[], None]] = []
         self.began = began
         self.dialled = 0.0
         self.connect_seconds = 0.0
@@ -168,7 +174,21 @@ class Connection:
         """
         The client's address and port, as far as a trusted sender tells them.
         """
-        return readable(self._client)
+        return readable(self.client)
+
+    @property
+    def address(self) -> str:
+        """
+        The backend's address for this connection.
+
+        Of the client's family is only what is dialled from there: many a server has two addresses
+        and listens on the first alone.
+        """
+        backend = self.backend
+        assert backend is not None  # noqa: S101 - it is asked for when there is one
+        if self.choice.transparent:
+            return backend.reached_from(ip_version(self.client[0]))
+        return backend.address
 
     # --- the PROXY header of a trusted sender ---
 
@@ -193,7 +213,7 @@ class Connection:
             return
         self._header = header
         if header.source is not None:
-            self._client = pack(header.source)
+            self.client = pack(header.source)
         self._hello_reader = lib.hello_new(header.size)
         self._peek()
 
@@ -300,7 +320,7 @@ class Connection:
         transparency = self._router.transparency
         while self._tries:
             self.backend = self._tries.pop()
-            choice = transparency.choose(self._client[0], self.backend)
+            choice = transparency.choose(self.client[0], self.backend)
             if choice.refuse:
                 self._router.connect_error(self, choice.reason)
             elif self._dial(self.backend, choice):
@@ -313,9 +333,9 @@ class Connection:
         """
         router = self._router
         settings = router.settings
-        address = backend_address(backend.address, backend.port)
-        source = socket_address(*self._client) if choice.transparent else ffi.NULL
         self.choice = choice
+        address = backend_address(self.address, backend.port)
+        source = socket_address(*self.client) if choice.transparent else ffi.NULL
         self.dialled = time.monotonic()
         fd = lib.dial(
             address,
@@ -338,15 +358,17 @@ class Connection:
         """
         After *error*, dial the same backend from this host's address where that is worth a try.
 
-        Of a backend that refuses, only its silence is taken for a way back that is missing: a
-        refusal may be meant for just this client.
+        Only silence is taken for a way back that is missing: a refusal may be meant for just this
+        client.  But at an address of the backend's second family it means that nothing listens.
         """
         backend = self.backend
         assert backend is not None  # noqa: S101 - it was dialled
         transparency = self._router.transparency
-        silent = error in _NO_WAY_BACK
-        if self.choice.transparent and silent and transparency.mode(backend) == ClientIp.AUTO:
-            return self._dial(backend, NO_REPLY)
+        if self.choice.transparent and transparency.mode(backend) == ClientIp.AUTO:
+            if error in _NO_WAY_BACK:
+                return self._dial(backend, NO_REPLY)
+            if error == errno.ECONNREFUSED and self.address != backend.address:
+                return self._dial(backend, NOT_THERE)
         self._router.connect_error(self, errno.errorcode.get(error, str(error)).lower())
         return False
 
@@ -378,6 +400,8 @@ class Connection:
                 self.flow = handoff.take(self.fd, backend, self._on_over, prelude)
             except Refused as refusal:
                 self.refusals.append(f"{handoff.name}: {refusal}")
+                if refusal.leave is not None:
+                    self._leaves.append(refusal.leave)
                 self._router.refused(handoff.name, str(refusal))
             else:
                 self.result = "forwarded"
@@ -402,13 +426,19 @@ class Connection:
             _send(self._connecting, header)
         if not self._header.size:
             return Prelude(given=len(header)) if header else UNTOUCHED
-        into = self._router.taken
-        taken = lib.take_bytes(self.fd, into, TAKE_LIMIT)
-        if taken < self._header.size:
-            raise OSError(errno.ECONNRESET, "client")
-        stream = ffi.buffer(into, taken)[self._header.size :]
+        if not self._taken:
+            # once: the next backend, should this one fail, gets the same bytes
+            into = self._router.taken
+            taken = lib.take_bytes(self.fd, into, TAKE_LIMIT)
+            if taken < self._header.size:
+                raise OSError(errno.ECONNRESET, "client")
+            self._taken = ffi.buffer(into, taken)[:]
+        stream = self._taken[self._header.size :]
         sent = _send(self._connecting, stream)
-        return Prelude(taken, len(header) + sent, sent, stream[sent:], taken < TAKE_LIMIT)
+        drained = len(self._taken) < TAKE_LIMIT
+        prelude = Prelude(len(self._taken), len(header) + sent, sent, stream[sent:], drained)
+        self._taken = b""
+        return prelude
 
     def _header_for(self, backend: Backend) -> bytes:
         local = self._header.destination
@@ -427,6 +457,8 @@ class Connection:
 
     def _on_over(self, flow: Flow) -> None:
         self._router.ended(self, flow.session.reason)
+        for leave in self._leaves:
+            leave()
 
     # --- the end of one that was not handed over ---
 
@@ -493,7 +525,7 @@ class Connection:
             line["route"] = self.route.host
         if self.backend is not None:
             line["backend"] = self.backend.name
-            line["backend_address"] = self.backend.address
+            line["backend_address"] = self.address
             line["backend_port"] = self.backend.port
         if flow is not None:
             line["handoff"] = flow.handoff

@@ -118,13 +118,7 @@ class Control:
     def _hello(self, message: wire.Message) -> wire.Message:
         if message.get("version") != wire.VERSION:
             raise wire.WireError(f"version {message.get('version')!r}, not {wire.VERSION}")
-        table = self._router.table
-        return {
-            "type": "hello",
-            "version": wire.VERSION,
-            "generation": table.generation,
-            "routes": wire.dump_routes(table.routes),
-        }
+        return {"type": "hello", "version": wire.VERSION, **wire.dump_table(self._router.table)}
 
     def _table(self, message: wire.Message) -> wire.Message:
         router = self._router

@@ -52,7 +52,13 @@ UNTOUCHED: Final = Prelude()
 class Refused(Exception):  # noqa: N818 - a refusal is no error: the next hand-off takes it
     """
     A hand-off does not take this connection; the message is the reason, a word.
+
+    *leave*, if there is one, is to be called when the connection's sockets are given up.
     """
+
+    def __init__(self, reason: str, leave: Callable[[], None] | None = None) -> None:
+        super().__init__(reason)
+        self.leave = leave
 
 
 class Handoff(Protocol):

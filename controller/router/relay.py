@@ -7,6 +7,7 @@ read from the source, whose window closes.
 
 import select
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from controller.core.session import Side
@@ -101,7 +102,7 @@ class RelayFlow(Flow):
         source, destination = self.fds[side], self.fds[side.other]
         status = lib.relay_pump(self._pipes[side], source, destination, TURN, self._moved + side)
         if status == lib.MOVE_MORE:
-            self.loop.soon(lambda: self._pump(side))
+            self.loop.soon(partial(self._pump, side))
         elif status == lib.MOVE_END:
             self.run(self.session.ended(side))
         elif status == lib.MOVE_FAILED:

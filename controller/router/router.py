@@ -149,7 +149,7 @@ class Router:
         """
         assert connection.route is not None  # noqa: S101 - it was handed over
         assert connection.backend is not None  # noqa: S101 - as above
-        self.transparency.connected(connection.backend, connection.choice)
+        self.transparency.connected(connection.client[0], connection.backend, connection.choice)
         self.stats.connected(connection.route.host, connection.connect_seconds)
 
     def ended(self, connection: Connection, reason: str) -> None:
@@ -173,7 +173,7 @@ class Router:
         """
         self.table = table
         self.table_since = self.loop.now
-        self.transparency.keep(b for route in table.routes for b in route.backends)
+        self.transparency.keep(table)
         hosts = {route.host for route in table.routes}
         self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
         self.stats.keep_routes(hosts | {c.route.host for c in self.connections if c.route})

@@ -9,6 +9,7 @@ behind what the kernel still holds, until it has caught up and BPF redirects aga
 import errno
 import select
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from bpfprog import MAX_CONNECTIONS, Splice
@@ -24,6 +25,8 @@ from controller.router.flow import (
     Refused,
 )
 from controller.router.loop import Loop, Timer
+
+_SYN: Final = 1
 
 TURN: Final = 4 * 1024 * 1024
 """Bytes that one slow direction may move before others have their turn."""
@@ -42,7 +45,7 @@ class SockmapHandoff:
         self._limit = backlog_limit
         self._free = list(range(MAX_CONNECTIONS - 1, -1, -1))
         self._flows: dict[int, SockmapFlow] = {}
-        self._left: list[SockmapFlow] = []
+        self._left: list[tuple[int, tuple[int, int]]] = []
         self._lost_events = 0
         loop.round_ends.append(self._leave)
         loop.watch(splice.events_fd, select.EPOLLIN, self._on_events)
@@ -72,8 +75,8 @@ class SockmapHandoff:
             self._free.append(number)
             raise Refused(errno.errorcode.get(err.errno or 0, "unknown").lower()) from None
         if not joined:
-            self._free.append(number)
-            raise Refused("backend_ended")
+            # a verdict of the client's may run now, so its number is not free before it is closed
+            raise Refused("backend_ended", partial(self._left.append, (number, cookies)))
         flow = SockmapFlow(self, (client, backend), over, (number, cookies), prelude)
         self._flows[number] = flow
         flow.start()
@@ -96,14 +99,14 @@ class SockmapHandoff:
         Let go of *flow* at the end of the round, when its sockets are closed.
         """
         del self._flows[flow.number]
-        self._left.append(flow)
+        self._left.append((flow.number, flow.cookies))
 
     def _leave(self) -> None:
         if not self._left:
             return
-        self.splice.leave([cookie for flow in self._left for cookie in flow.cookies])
+        self.splice.leave([cookie for _, cookies in self._left for cookie in cookies])
         # only now may the numbers, and with them the counts, be another connection's
-        self._free.extend(flow.number for flow in self._left)
+        self._free.extend(number for number, _ in self._left)
         self._left.clear()
 
 
@@ -218,7 +221,7 @@ class SockmapFlow(Flow):
         """
         destination = self.fds[side.other]
         if status == lib.MOVE_MORE:
-            self.loop.soon(lambda: self.advance(side))
+            self.loop.soon(partial(self.advance, side))
         elif status == lib.MOVE_FULL:
             self.loop.rearm(destination, ENDED | select.EPOLLOUT)
         elif status == lib.MOVE_QUEUED:
@@ -226,9 +229,8 @@ class SockmapFlow(Flow):
             # destination is writable, for else there is nothing to see
             delay = self._retry[side]
             self._retry[side] = min(2 * delay, LAST_RETRY)
-            self._timers[side] = self.loop.later(
-                delay, lambda: self.loop.rearm(destination, ENDED | select.EPOLLOUT)
-            )
+            again = partial(self.loop.rearm, destination, ENDED | select.EPOLLOUT)
+            self._timers[side] = self.loop.later(delay, again)
         elif status == lib.MOVE_FAILED:
             self.failed(side, lib.socket_error(self.fds[side]))
         else:
@@ -247,7 +249,9 @@ class SockmapFlow(Flow):
         view = self._views[side]
         if view is None:
             counts, consumed = self._handoff.splice.addresses(2 * self.number + side)
-            before = (self._prelude.taken, self._prelude.given) if side == Side.CLIENT else (0, 0)
+            taken, given = self._prelude.taken, self._prelude.given
+            # the backend was dialled: its first sequence number went to the SYN
+            before = (taken, _SYN + given) if side == Side.CLIENT else (0, 0)
             view = self._views[side] = ffi.new(
                 "struct direction_counts *",
                 (ffi.cast("struct counts *", counts), ffi.cast("uint64_t *", consumed), *before),

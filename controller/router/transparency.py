@@ -1,20 +1,21 @@
 """
 The client's own address at the backend: whether a connection may be dialled from it.
 
-What is possible by nature decides `core.clientip`; this adds what only time tells.  A backend that
-does not answer to a client's address but to ours is remembered until it changes, unless it has
-answered to a client's address before: then the fault is not its way back.
+What is possible by nature decides `core.clientip`; this adds what only time tells.  A backend's
+address that does not answer to a client's but to ours is remembered until the backend changes,
+unless it has answered to a client's before: then the fault is not its way back.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from ipaddress import ip_network
 from typing import Final
 
 import structlog
 
-from controller.core.clientip import Choice, Network, choose
-from controller.core.routes import Backend
+from controller.core.clientip import Choice, IPNetwork, Network, choose
+from controller.core.routes import Backend, RouteTable
+from controller.router.address import ip_version
 from controller.router.plumbing import Plumbing, PlumbingError, Watch, read_network
 from controller.router.probe import probe
 from controller.settings import ClientIp, RouterSettings
@@ -36,8 +37,9 @@ class Transparency:
         self._settings = settings
         self._plumbing: Plumbing | None = None
         self._watch: Watch | None = None
-        self._no_reply: set[Backend] = set()
-        self._proven: set[Backend] = set()
+        self._containers: frozenset[IPNetwork] = frozenset()
+        self._no_reply: set[tuple[Backend, str]] = set()
+        self._proven: set[tuple[Backend, str]] = set()
         self._told: set[tuple[Backend, str]] = set()
         self.working = False
         self.reason = "off"
@@ -103,44 +105,49 @@ class Transparency:
         if self._settings.client_ip == ClientIp.OFF:
             # a backend that must see the client is not to be reached as someone else
             return _REQUIRED if mode == ClientIp.TRANSPARENT else _OFF
+        address = backend.reached_from(ip_version(client))
         choice = choose(
             mode,
             client,
-            backend.address,
+            address,
             self._watch.network if self._watch is not None else Network(),
             working=self.working,
+            containers=self._containers,
             detour=backend.detour,
-            learned=backend in self._no_reply,
+            learned=(backend, address) in self._no_reply,
         )
         if mode == ClientIp.AUTO and not choice.transparent:
             self._tell(backend, choice.reason)
         return choice
 
-    def connected(self, backend: Backend, choice: Choice) -> None:
+    def connected(self, client: bytes, backend: Backend, choice: Choice) -> None:
         """
-        Take note that *backend* accepted.
+        Take note that *backend* accepted a connection for *client*, dialled as *choice* says.
         """
+        tried = backend, backend.reached_from(ip_version(client))
         if choice.transparent:
             self.connects["transparent", ""] += 1
-            self._proven.add(backend)
+            self._proven.add(tried)
             return
         self.connects["nat", choice.reason] += 1
-        if choice is NO_REPLY and backend not in self._proven:
-            self._no_reply.add(backend)
+        if choice is NO_REPLY and tried not in self._proven:
+            self._no_reply.add(tried)
+            self._tell(backend, choice.reason)
+        if choice is NOT_THERE:
             self._tell(backend, choice.reason)
 
-    def keep(self, backends: Iterable[Backend]) -> None:
+    def keep(self, table: RouteTable) -> None:
         """
-        Forget all but *backends*: a changed backend begins anew.
+        Forget all backends but those of *table*: a changed backend begins anew.
         """
+        self._containers = frozenset(map(ip_network, table.networks))
         if self._watch is not None:
             # a new backend's network may be new too, and a neighbour of it must be known as one
             with contextlib.suppress(PlumbingError):
                 self._watch.network = read_network()
-        kept = set(backends)
-        self._no_reply &= kept
-        self._proven &= kept
-        self._told = {(backend, reason) for backend, reason in self._told if backend in kept}
+        kept = {backend for route in table.routes for backend in route.backends}
+        for known in (self._no_reply, self._proven, self._told):
+            known.difference_update([entry for entry in known if entry[0] not in kept])
 
     def _tell(self, backend: Backend, reason: str) -> None:
         if (backend, reason) not in self._told:
@@ -150,3 +157,6 @@ class Transparency:
 
 NO_REPLY: Final = Choice(transparent=False, reason="no_reply")
 """An ordinary connection after one from the client's address that was not answered."""
+
+NOT_THERE: Final = Choice(transparent=False, reason="family")
+"""An ordinary connection after the backend's address of the client's family was refused."""

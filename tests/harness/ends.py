@@ -43,8 +43,8 @@ class Backend:
     A listening backend that hands out what it accepts.
     """
 
-    def __init__(self) -> None:
-        self._listener = socket.create_server((LOOPBACK, 0), backlog=1024)
+    def __init__(self, address: str = LOOPBACK) -> None:
+        self._listener = socket.create_server((address, 0), backlog=1024)
         self._listener.settimeout(PATIENCE)
         self.address: Address = self._listener.getsockname()
 

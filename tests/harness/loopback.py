@@ -70,18 +70,19 @@ def router(
     routes: Mapping[str, Address],
     *options: str,
     keys: Mapping[str, str] | None = None,
+    address: str = LOOPBACK,
 ) -> Iterator[Product]:
     """
     Run the product with *routes*, from host pattern to backend, until the block ends.
 
-    *keys* are further keys of each route.
+    *keys* are further keys of each route; *address* is where it listens.
 
     Raises:
         HarnessError: It does not become ready, or does not end in order.
     """
     with tempfile.TemporaryDirectory(prefix="sniroute-") as name:
         folder = Path(name)
-        listen, metrics = _free_addresses(2)
+        listen, metrics = _free_addresses(address, LOOPBACK)
         control, log = folder / "router.sock", folder / "log"
         (folder / "routes.toml").write_text(_routes_file(routes, keys or {}))
         command = [
@@ -131,9 +132,9 @@ def _routes_file(routes: Mapping[str, Address], keys: Mapping[str, str]) -> str:
     )
 
 
-def _free_addresses(count: int) -> list[Address]:
+def _free_addresses(*hosts: str) -> list[Address]:
     # all held at once, or the kernel may give one out twice
-    sockets = [socket.create_server((LOOPBACK, 0)) for _ in range(count)]
+    sockets = [socket.create_server((host, 0)) for host in hosts]
     addresses = [s.getsockname() for s in sockets]
     for s in sockets:
         s.close()

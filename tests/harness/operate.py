@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import psutil
 
-from controller.core.routes import Backend, Route
-from controller.core.wire import MAX_LINE, Decoder, Message, dump_routes, encode
+from controller.core.routes import Backend, Route, RouteTable
+from controller.core.wire import MAX_LINE, Decoder, Message, dump_table, encode
 from harness.loopback import LOOPBACK, Address, Product
 from harness.tools import VENV, HarnessError, wait_for
 
@@ -82,14 +82,11 @@ def table(generation: int, routes: Mapping[str, Sequence[Address]]) -> Message:
     """
     Make the message that has a router serve *routes*.
     """
-    return {
-        "type": "table",
-        "generation": generation,
-        "routes": dump_routes(
-            Route(host, tuple(Backend(f"app-{port}", "test", ip, port) for ip, port in pool))
-            for host, pool in routes.items()
-        ),
-    }
+    pools = (
+        Route(host, tuple(Backend(f"app-{port}", "test", ip, port) for ip, port in pool))
+        for host, pool in routes.items()
+    )
+    return {"type": "table", **dump_table(RouteTable(generation, pools))}
 
 
 # --- the control socket ---

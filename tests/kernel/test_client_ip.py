@@ -4,7 +4,7 @@ Backends see the client's own address, or the log says why not, and nobody waits
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -23,11 +23,14 @@ from harness.lab import (
     gateway,
     route,
 )
+from harness.operate import ask
 from harness.product import Sniroute, privileges
 from harness.tools import wait_for
 
 from controller.core.alert import INTERNAL_ERROR
 from controller.core.proxyprotocol import Version, write_header
+from controller.core.routes import Backend, Route, RouteTable
+from controller.core.wire import dump_table, read_routes
 
 NET_ADMIN = 1 << 12
 
@@ -70,6 +73,63 @@ class House:
             client = sock.getsockname()[:2]
         wait_for(f"{client} in the log", lambda: client in self.web.seen(server)[before:])
         return client
+
+
+@dataclass(frozen=True, slots=True)
+class Dual:
+    """
+    A lab with a container, and the product in front of it.
+    """
+
+    lab: Lab
+    app: Container
+    sniroute: Sniroute
+
+    def serve(self, address6: str) -> None:
+        """
+        Have the router know *address6* too, as of a container; static routes have one address.
+        """
+        backend = Backend("app", "lab", self.app.address[4], 443, address6=address6)
+        push(self.lab, [Route("app.test", (backend,))])
+
+    def expect_plain(self, answer: Answer, reason: str) -> None:
+        """
+        Check that *answer* came from the IPv4 address, to the host's own, for *reason*.
+        """
+        line = access_line(self.sniroute, answer.client)
+
+        assert gateway(4) == answer.seen[0]
+        assert ("nat", reason) == (line["client_ip"], line["client_ip_reason"])
+        assert self.app.address[4] == line["backend_address"]
+
+    def told(self) -> list[tuple[str, str]]:
+        """
+        Read from the log which backends do not see their clients, and why.
+        """
+        lines = self.sniroute.log()
+        return [
+            (line["backend"], line["reason"])
+            for line in lines
+            if line["event"] == "client address not passed on"
+        ]
+
+
+def push(lab: Lab, routes: Iterable[Route], networks: Iterable[str] = ()) -> None:
+    """
+    Give the router a table, as a controller with an engine has it.
+    """
+    table = {"type": "table", **dump_table(RouteTable(1000, routes, networks))}
+    (answer,) = ask(lab.share / "router.sock", table)
+    assert {"type": "ack", "generation": 1000} == answer
+
+
+def tell_networks(lab: Lab) -> None:
+    """
+    Have the router know the networks of both bridges, beside the routes that it has.
+    """
+    (told,) = ask(lab.share / "router.sock", {"type": "routes"})
+    nets = [f"198.18.{n}.0/24" for n in (1, 2)] + [f"2001:db8:0:{n}::/64" for n in (1, 2)]
+    push(lab, read_routes(told["routes"]), nets)
 
 
 PLAIN_HOSTS = {4: "web.test", 6: "web6.test"}
@@ -127,6 +187,7 @@ def house() -> Iterator[House]:
         routes = write_routes(app, stray, web)
         options = ("--connect-timeout", "2", "--proxy-protocol-from", EDGE)
         sniroute = stack.enter_context(lab.product(*options, routes=routes))
+        tell_networks(lab)
         yield House(lab, app, neighbour, stray, stranger, running, sniroute)
 
 
@@ -201,13 +262,12 @@ def test_a_client_beside_the_backend_is_served_plainly(
 @pytest.mark.parametrize(("version", "name"), APPS)
 def test_a_client_on_another_bridge_is_served(house: House, version: int, name: str) -> None:
     """
-    A container of another network gets an answer at once, though engines masquerade and drop there.
+    A container of another network gets an answer at once; engines masquerade and drop there.
     """
     answer = house.lab.ask(name, version, machine=house.stranger)
 
     assert house.stranger.address[version] == answer.client[0]
-    assert gateway(version) == answer.seen[0]
-    assert answer.seconds < PROMPT
+    expect_plain(house, answer, "container_network", version)
 
 
 def test_a_neighbour_is_known_as_soon_as_its_network(lab: Lab) -> None:
@@ -298,6 +358,78 @@ def test_a_backend_whose_replies_go_astray_costs_one_client_a_second(lab: Lab) -
             for reason in ("no_reply", "")
         }
         assert {"no_reply": 3, "": 1} == counts
+
+
+# --- two families ---
+
+
+@pytest.fixture
+def dual(lab: Lab) -> Iterator[Dual]:
+    """
+    The product with a route `app.test`, whose one backend is a container with both families.
+    """
+    app = lab.container(2)
+    lab.witness(app)
+    with lab.product(routes=route("other.test", gateway(4))) as sniroute:
+        yield Dual(lab, app, sniroute)
+
+
+def test_each_client_is_led_to_its_own_family(dual: Dual) -> None:
+    """
+    A backend with two addresses sees IPv4 and IPv6 clients, each at the one of its family.
+    """
+    dual.serve(dual.app.address[6])
+
+    for version in (4, 6):
+        answer = dual.lab.ask("app.test", version)
+        line = access_line(dual.sniroute, answer.client)
+
+        assert CLIENT[version] == answer.client[0]
+        assert answer.client == answer.seen
+        assert dual.app.address[version] == line["backend_address"]
+
+
+def test_a_second_address_where_nothing_listens_costs_nothing(dual: Dual) -> None:
+    """
+    Clients of the family at which a backend refuses are served at the other one, at once.
+    """
+    deaf = gateway(6) + "22"
+    dual.app.run("ip", "addr", "add", f"{deaf}/64", "dev", "eth0", "nodad")
+    dual.serve(deaf)
+
+    for _ in range(2):
+        dual.expect_plain(dual.lab.ask("app.test", 6), "family")
+    answer = dual.lab.ask("app.test")
+
+    assert answer.client == answer.seen
+    assert [("app", "family")] == dual.told()
+
+
+def test_a_second_address_without_a_way_back_costs_one_client_a_second(dual: Dual) -> None:
+    """
+    What was learned of one family says nothing of the other.
+    """
+    dual.app.run("ip", "-6", "route", "del", "default")
+    dual.serve(dual.app.address[6])
+
+    seen = dual.lab.ask("app.test")
+    first, second = (dual.lab.ask("app.test", 6) for _ in range(2))
+
+    assert seen.client == seen.seen
+    dual.expect_plain(first, "no_reply")
+    dual.expect_plain(second, "no_reply")
+    assert LATE < first.seconds < LATE + PROMPT
+    assert second.seconds < PROMPT
+    assert [("app", "no_reply")] == dual.told()
+
+
+def test_beside_a_backend_of_two_families_its_first_address_is_dialled(dual: Dual) -> None:
+    """
+    An IPv6 neighbour gets an ordinary connection, and those go where a server listens for sure.
+    """
+    dual.serve(dual.app.address[6])
+
+    dual.expect_plain(dual.lab.ask("app.test", 6, machine=dual.lab.container(3)), "same_network")
 
 
 @pytest.mark.parametrize(

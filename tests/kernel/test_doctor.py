@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness.machines import Machine
 from harness.product import CAPABILITIES, SNIROUTE
-from harness.tools import VENV, wait_for
+from harness.tools import VENV, HarnessError, run, wait_for
 
 STATUS = {"fine": 0, "degraded": 1, "broken": 2}
 
@@ -121,6 +121,17 @@ def test_all_is_fine_with_what_the_product_is_given(machine: Machine, flags: lis
     assert before == everything(machine)
 
 
+def serves(control: str) -> bool:
+    """
+    Tell whether the router at *control* has laid all that it lays.
+    """
+    try:
+        status = json.loads(run(SNIROUTE, "status", "--json", "--control", control))
+    except HarnessError:
+        return False
+    return status["ready"] and status["client_ip"]["working"]
+
+
 def test_a_router_that_serves_is_known_and_not_disturbed(
     machine: Machine, flags: list[str]
 ) -> None:
@@ -128,7 +139,8 @@ def test_a_router_that_serves_is_known_and_not_disturbed(
     The ports and the plumbing of a router that serves are its own, and it is told of.
     """
     with running(machine, *ALLOWED, SNIROUTE, "run", *flags):
-        wait_for("a router", lambda: listens(machine, 443) and listens(machine, 9443))
+        control = flags[flags.index("--control") + 1]
+        wait_for("a router that serves", lambda: serves(control))
         before = everything(machine)
         told = diagnose(machine, *flags)
         after = everything(machine)

@@ -34,7 +34,7 @@ from harness.operate import SNIROUTE, LoneRouter, access_lines, ask, lone_router
 from harness.product import CAPABILITIES
 from harness.tools import find_program, wait_for
 
-from bpfprog import Splice
+from bpfprog import MAX_CONNECTIONS, Splice
 from controller.core.session import Side
 from controller.router.flow import Flow, Handoff, Refused
 from controller.router.loop import Loop
@@ -226,7 +226,7 @@ def test_an_mptcp_socket_is_relayed(which: Side) -> None:
         for end in (client, client_side, backend_side, backend):
             end.setblocking(False)
         client.sendall(HELLO)
-        refusals = []
+        refusals, leaves = [], []
         ladder: list[Handoff] = [sockmap, RelayHandoff(loop)]
         for handoff in ladder:
             try:
@@ -234,6 +234,7 @@ def test_an_mptcp_socket_is_relayed(which: Side) -> None:
                 break
             except Refused as refusal:
                 refusals.append((handoff.name, str(refusal)))
+                leaves += [refusal.leave] if refusal.leave else []
         client_side.detach()
         backend_side.detach()
         heard = turn_until(loop, lambda: received(backend, len(HELLO)))
@@ -242,7 +243,14 @@ def test_an_mptcp_socket_is_relayed(which: Side) -> None:
         client.close()
         backend.close()
         turn_until(loop, lambda: over)
+        held = MAX_CONNECTIONS - len(sockmap._free)  # noqa: SLF001 - numbers not free yet
+        for leave in leaves:
+            leave()
+        loop.turn(0)
+        left = MAX_CONNECTIONS - len(sockmap._free)  # noqa: SLF001 - as above
 
+    # the client of a backend that was refused is in the map until it is closed
+    assert (int(which is Side.BACKEND), 0) == (held, left)
     assert (HELLO, b"and back") == (heard, answer)
     assert flow.handoff == "relay"
     assert [name for name, _ in refusals] == ["sockmap"]

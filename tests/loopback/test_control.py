@@ -126,6 +126,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         ({"routes": [entry(port=65536)]}, "routes[0].backends[0].port"),
         ({"routes": [entry(port=True)]}, "routes[0].backends[0].port"),
         ({"routes": [entry(weight=3)]}, "weight"),
+        ({"networks": ["198.51.100.0"]}, "networks[0]: not normalised"),
         ({"more": 1}, "more"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -138,7 +139,7 @@ def test_a_bad_table_is_refused_whole(
 
     The connection stays.
     """
-    good = {"type": "table", "generation": GENERATION + 1, "routes": [entry()]}
+    good = table(GENERATION + 1, {}) | {"routes": [entry()]}
     before = router.product.counts("sniroute_table_updates_total", "result").get("nack", 0)
     with Talk(router.control) as talk:
         answer = talk.ask(good | change)

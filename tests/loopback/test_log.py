@@ -172,7 +172,7 @@ def test_the_level_is_kept(tmp_path: Path, backend: Backend) -> None:
     """
     with LoneRouter(tmp_path, "--handoff", "relay", "--log-level", "warning") as router:
         ask(router.control, table(1, {NAME: [backend.address]}))
-        ask(router.control, {"type": "table", "generation": 2, "routes": 7})
+        ask(router.control, table(2, {}) | {"routes": 7})
         wait_for("a line", lambda: log_lines(router.log))
         code = router.stop()
 

@@ -27,6 +27,10 @@ HOST = Network(
 CLIENT, BACKEND = "198.51.100.7", "198.18.1.2"
 CLIENT6, BACKEND6 = "2001:db8:7::7", "2001:db8:1::2"
 
+CONTAINERS = frozenset(
+    map(ipaddress.ip_network, ("198.18.1.0/24", "198.18.2.0/24", "2001:db8:2::/64"))
+)
+
 TRANSPARENT = Choice(transparent=True)
 
 
@@ -75,9 +79,32 @@ def test_whose_replies_would_not_come_back_is_dialled_plainly(
     client: str, backend: str, reason: str
 ) -> None:
     """
-    The host itself, the backend's own network, other families; but not a neighbour's network.
+    The host itself, the backend's own network, other families; but not every neighbour's network.
     """
     chosen = choose("auto", client, backend, HOST, working=True)
+
+    assert (plain(reason) if reason else TRANSPARENT) == chosen
+
+
+@pytest.mark.parametrize(
+    ("client", "backend", "reason"),
+    [
+        ("198.18.2.77", BACKEND, "container_network"),
+        ("2001:db8:2::77", BACKEND6, "container_network"),
+        ("198.18.2.77", "203.0.113.8", "container_network"),
+        ("198.18.1.77", BACKEND, "same_network"),
+        ("198.18.2.1", BACKEND, "own_host"),
+        ("203.0.113.9", BACKEND, ""),
+        (CLIENT6, BACKEND6, ""),
+    ],
+)
+def test_other_containers_are_known_by_their_networks(
+    client: str, backend: str, reason: str
+) -> None:
+    """
+    Engines hide containers' addresses outside their own network, also from our eyes' view.
+    """
+    chosen = choose("auto", client, backend, HOST, working=True, containers=CONTAINERS)
 
     assert (plain(reason) if reason else TRANSPARENT) == chosen
 
@@ -91,7 +118,14 @@ def test_only_what_can_never_be_is_refused() -> None:
     assert refused == choose("transparent", CLIENT6, BACKEND, HOST, working=True)
     for client in (CLIENT, "198.18.1.77", "203.0.113.1"):
         assert TRANSPARENT == choose(
-            "transparent", client, BACKEND, HOST, working=False, detour="internal", learned=True
+            "transparent",
+            client,
+            BACKEND,
+            HOST,
+            working=False,
+            containers=CONTAINERS,
+            detour="internal",
+            learned=True,
         )
 
 

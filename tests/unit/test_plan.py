@@ -182,14 +182,21 @@ def test_joined_network_is_its_owners() -> None:
     assert "198.51.100.7" == only_backend(container, owner, middle).address
 
 
-def test_ipv4_comes_before_ipv6() -> None:
+@pytest.mark.parametrize(
+    ("network", "addresses"),
+    [
+        (net(), ("198.51.100.2", "")),
+        (net(address6="2001:db8::2"), ("198.51.100.2", "2001:db8::2")),
+        (net(address="", address6="2001:db8::2"), ("2001:db8::2", "")),
+    ],
+)
+def test_ipv4_comes_before_ipv6(network: Network, addresses: tuple[str, str]) -> None:
     """
-    IPv6 is taken where there is no IPv4.
+    IPv6 is the second address beside IPv4, and the only one where there is no IPv4.
     """
-    both, only6 = net(address6="2001:db8::2"), net(address="", address6="2001:db8::2")
+    backend = only_backend(box("app", network))
 
-    assert "198.51.100.2" == only_backend(box("app", both)).address
-    assert "2001:db8::2" == only_backend(box("app", only6)).address
+    assert addresses == (backend.address, backend.address6)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +225,10 @@ def test_ipv4_comes_before_ipv6() -> None:
         ),
         (
             box("app", net(address="", address6="2001:db8::2"), net("b", gateway6="2001:db8::3")),
+            Detour.SEVERAL_NETWORKS,
+        ),
+        (
+            box("app", net(address6="2001:db8::2"), net("b", gateway="", gateway6="2001:db8::3")),
             Detour.SEVERAL_NETWORKS,
         ),
     ],

@@ -55,6 +55,26 @@ def test_routes_come_by_host() -> None:
     assert ["*", "a", "b"] == [route.host for route in table("b", "*", "a").routes]
 
 
+@pytest.mark.parametrize(
+    ("addresses", "from4", "from6"),
+    [
+        (("198.51.100.2", ""), "198.51.100.2", "198.51.100.2"),
+        (("198.51.100.2", "2001:db8::2"), "198.51.100.2", "2001:db8::2"),
+        (("2001:db8::2", ""), "2001:db8::2", "2001:db8::2"),
+    ],
+)
+def test_clients_are_led_to_their_own_family(
+    addresses: tuple[str, str], from4: str, from6: str
+) -> None:
+    """
+    A backend is reached at the address of the client's family, else at the one it has.
+    """
+    address, address6 = addresses
+    backend = Backend("app", "docker", address, 443, address6=address6)
+
+    assert (from4, from6) == (backend.reached_from(4), backend.reached_from(6))
+
+
 _label = st.sampled_from("abc")
 _name = st.lists(_label, min_size=1, max_size=4).map(".".join)
 _host = _name | _name.map("*.{}".format) | st.just("*")

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.core.routes import Backend, Route
+from controller.core.routes import Backend, Route, RouteTable
 from controller.core.wire import (
     MAX_LINE,
     VERSION,
     Decoder,
     WireError,
     dump_routes,
+    dump_table,
     encode,
     read_hello,
     read_routes,
@@ -29,14 +30,18 @@ ROUTES = (
         (
             Backend("app", "docker", "198.51.100.2", 443),
             Backend("b", "file", "2001:db8::1", 8443, "transparent", "v2", "several_networks"),
+            Backend("c", "podman", "198.51.100.4", 443, address6="2001:db8::4"),
         ),
     ),
     Route("app.example.com", (Backend("app", "docker", "198.51.100.2", 443),)),
 )
 
 
+NETWORKS = ("198.51.100.0/24", "2001:db8::/64")
+
+
 def table(**changes: Any) -> dict[str, Any]:
-    return {"type": "table", "generation": 7, "routes": dump_routes(ROUTES), **changes}
+    return {"type": "table", **dump_table(RouteTable(7, ROUTES, NETWORKS)), **changes}
 
 
 def test_routes_come_back_as_they_went() -> None:
@@ -44,8 +49,9 @@ def test_routes_come_back_as_they_went() -> None:
     Writing and reading a table changes nothing.
     """
     (message,) = Decoder().feed(encode(table()))
+    read = read_table(message)
 
-    assert (7, ROUTES) == (read_table(message).generation, read_table(message).routes)
+    assert (7, ROUTES, NETWORKS) == (read.generation, read.routes, read.networks)
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=5), st.data())
@@ -92,7 +98,7 @@ def test_old_backend_is_refused() -> None:
     """
     A backend that does not say how it wants the client's address is refused, not guessed.
     """
-    for member in ("client_ip", "proxy_protocol", "detour"):
+    for member in ("address6", "client_ip", "proxy_protocol", "detour"):
         routes = dump_routes(ROUTES)
         del routes[0]["backends"][0][member]
 
@@ -121,6 +127,10 @@ def _broken(path: list[Any], value: Any) -> list[Any]:
         ([0, "backends"], [], "routes[0].backends"),
         ([0, "backends"], {}, "routes[0].backends"),
         ([0, "backends", 1, "address"], "app", "routes[0].backends[1].address"),
+        ([0, "backends", 1, "address6"], "2001:db8::2", "routes[0].backends[1].address6"),
+        ([0, "backends", 2, "address6"], "198.51.100.5", "routes[0].backends[2].address6"),
+        ([0, "backends", 2, "address6"], "app", "routes[0].backends[2].address6"),
+        ([0, "backends", 2, "address6"], None, "routes[0].backends[2].address6"),
         ([0, "backends", 1, "port"], 0, "routes[0].backends[1].port"),
         ([0, "backends", 1, "port"], True, "routes[0].backends[1].port"),
         ([0, "backends", 1, "port"], "443", "routes[0].backends[1].port"),
@@ -152,11 +162,45 @@ def test_generation_is_a_positive_number(generation: Any) -> None:
         read_table(table(generation=generation))
 
 
+@pytest.mark.parametrize(
+    ("networks", "where"),
+    [
+        (None, "networks: not a list"),
+        ([7], "networks[0]: not a string"),
+        (["198.51.100.0/24", "web"], "networks[1]: 'web'"),
+        (["198.51.100.1/24"], "networks[0]: 198.51.100.1/24 has host bits"),
+        (["198.51.100.0/255.255.255.0"], "networks[0]: not normalised"),
+        (["2001:DB8::/64"], "networks[0]: not normalised"),
+        ([*NETWORKS][::-1], "networks: not sorted"),
+        ([NETWORKS[0], NETWORKS[0]], "occurs twice"),
+    ],
+)
+def test_networks_are_written_in_one_way(networks: Any, where: str) -> None:
+    """
+    Subnets come in one spelling and order, or the table is refused.
+    """
+    with pytest.raises(WireError) as refusal:
+        read_table(json.loads(json.dumps(table(networks=networks))))
+
+    assert where in str(refusal.value)
+
+
+def test_table_without_networks_is_refused() -> None:
+    """
+    What is not told is not taken for none.
+    """
+    old = table()
+    del old["networks"]
+
+    with pytest.raises(WireError, match=r"table: missing.*networks"):
+        read_table(old)
+
+
 def test_hello_tells_the_table_served() -> None:
     """
     The router's hello gives its table; generation 0 stands for none.
     """
-    hello = {"type": "hello", "version": VERSION, "generation": 0, "routes": []}
+    hello = {"type": "hello", "version": VERSION, **dump_table(RouteTable(0, ()))}
 
     assert (0, ()) == (read_hello(hello).generation, read_hello(hello).routes)
 
@@ -169,7 +213,7 @@ def test_other_hello_is_refused(changes: dict[str, Any]) -> None:
     """
     Another version, or anything that is no hello of ours, is refused.
     """
-    hello = {"type": "hello", "version": VERSION, "generation": 1, "routes": [], **changes}
+    hello = {"type": "hello", "version": VERSION, **dump_table(RouteTable(1, ())), **changes}
 
     with pytest.raises(WireError, match="hello"):
         read_hello(hello)

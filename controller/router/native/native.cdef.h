@@ -93,7 +93,7 @@ struct direction_counts {
 	const struct counts *counts;
 	uint64_t *consumed;
 	uint64_t taken; /* bytes taken from the source before the join */
-	uint64_t given; /* bytes written to the destination before the join */
+	uint64_t given; /* sequence numbers the destination had used before the join */
 };
 
 bool is_slow(const struct direction_counts *of);

@@ -110,14 +110,6 @@ enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_
 
 /* --- a joined direction --- */
 
-/* bytes that the application's side of a socket has handed to TCP since it was connected:
- * write_seq less the initial sequence number, put together from TCP_INFO
- */
-static uint64_t written(const struct tcp_info *info)
-{
-	return info->tcpi_bytes_sent - info->tcpi_bytes_retrans + info->tcpi_notsent_bytes;
-}
-
 static int read_info(int fd, struct tcp_info *info)
 {
 	socklen_t size = sizeof(*info);
@@ -127,12 +119,35 @@ static int read_info(int fd, struct tcp_info *info)
 	return 0;
 }
 
+/* What TCP has accepted of what was written to *fd*, from its first sequence number on: what is
+ * acknowledged, and what is not yet.  The two are of one moment if the first did not change
+ * meanwhile.  (What it has sent is no measure: a segment that is dropped on this host is counted
+ * each time.)
+ *
+ * Returns 0, or -EAGAIN when acknowledgements come too fast to tell.
+ */
+static int accepted(int fd, uint64_t *bytes)
+{
+	struct tcp_info before, after;
+	int unacknowledged;
+
+	for (int i = 0; i < 4; i++) {
+		if (read_info(fd, &before) || ioctl(fd, SIOCOUTQ, &unacknowledged) ||
+		    read_info(fd, &after))
+			return -errno;
+		if (before.tcpi_bytes_acked == after.tcpi_bytes_acked) {
+			*bytes = after.tcpi_bytes_acked + unacknowledged;
+			return 0;
+		}
+	}
+	return -EAGAIN;
+}
+
 static bool backlog_empty(int to, const struct direction_counts *of)
 {
-	struct tcp_info info;
+	uint64_t bytes;
 
-	return !read_info(to, &info) &&
-	       written(&info) == of->given + of->counts->redirected + *of->consumed;
+	return !accepted(to, &bytes) && bytes == of->given + of->counts->redirected + *of->consumed;
 }
 
 bool is_slow(const struct direction_counts *of)
