@@ -20,8 +20,10 @@ DEMO_PACKAGES := ca-certificates containerd docker.io iproute2 iptables util-lin
 TEST_PACKAGES := $(DEMO_PACKAGES) aardvark-dns bpftool clang-format curl debootstrap haproxy netavark nftables nginx \
 	libnginx-mod-stream openssl podman procps runc slirp4netns strace
 
+BENCH_PACKAGES := iperf3 nghttp2-client sniproxy wrk
+
 NATIVE_C := $(filter-out %/_ffi.c,$(wildcard bpfprog/*.[ch] controller/router/native/*.[ch]))
-C_FILES := $(NATIVE_C) $(wildcard tests/bench/*.c tests/harness/*.c)
+C_FILES := $(NATIVE_C) $(wildcard tests/bench/*.[ch] tests/harness/*.c)
 NATIVE := $(NATIVE_C) bpfprog/build_ffi.py controller/router/build_native.py setup.py pyproject.toml
 
 # $(call packages,NAMES): see that they are installed
@@ -79,7 +81,7 @@ demo: dev ## See it work: two containers, one moves, all cleaned up after
 
 # --- prove ---
 
-.PHONY: check test test-unit test-loopback test-kernel test-e2e bench-quick
+.PHONY: check test test-unit test-loopback test-kernel test-e2e bench-quick bench
 check: $(VENV)/.test ## Style and types
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
@@ -93,4 +95,9 @@ test-unit test-loopback test-kernel test-e2e: test-%: $(VENV)/.test ## One kind 
 	$(ROOT) $(BIN)/pytest tests/$* $(ARGS)
 
 bench-quick: $(VENV)/.test ## Ratios to direct, HAProxy and nginx, in one run
-	$(ROOT) $(BIN)/python tests/bench/quick.py $(ARGS)
+	$(ROOT) env PYTHONPATH=tests $(BIN)/python -m bench.quick $(ARGS)
+
+bench: $(VENV)/.test ## The same beside every peer, under every load (WHAT=... for one; about an hour)
+	$(call packages,$(BENCH_PACKAGES))
+	$(BIN)/pip install -q --group bench
+	$(ROOT) env PYTHONPATH=tests $(BIN)/python -m bench $(WHAT) $(ARGS)

@@ -4,6 +4,7 @@ The benchmark's own promises: it sees what goes wrong, compares fairly, and leav
 The generator is run on loopback without a router between; one whole run needs root.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -12,13 +13,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from xml.dom.minidom import parseString
 
 import pytest
-from bench import quick
-from bench.quick import LOADS, Results, Sample
+from bench import lab
+from bench.__main__ import FULL, measure
+from bench.contestants import CONTESTANTS, PEERS
+from bench.loads import LOADS, Bench, named
+from bench.quick import QUICK
+from bench.report import plot, table
+from bench.values import BEST, BenchError, Results, Sample, read_floors
 
 HOST = "127.0.0.1"
 DEADLINE = 20
@@ -28,73 +35,89 @@ Meet = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def traffic() -> str:
-    return str(quick.compile_traffic())
+    return str(lab.compile_end("traffic"))
 
 
 @pytest.fixture
 def hello(tmp_path: Path) -> Path:
     path = tmp_path / "hello"
-    path.write_bytes(quick.client_hello("name.example.com"))
+    path.write_bytes(lab.client_hello("name.example.com"))
     return path
 
 
 def free_port() -> int:
     with socket.create_server((HOST, 0)) as server:
-        return server.getsockname()[1]
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture
 def meet(traffic: str, hello: Path) -> Meet:
     def meet(
-        *verb: str, sent: Path = hello, heard: str = "right", bulk: str = "0"
+        play: str, seconds: str, number: str, *, sent: Path = hello, heard: str = "right"
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         where = HOST, str(free_port())
         with subprocess.Popen(
-            [traffic, "backend", *where, str(hello), "right", bulk],
+            [traffic, "backend", *where, str(hello), "right", play, seconds],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         ) as backend:
             assert backend.stdout is not None
             assert backend.stdout.readline() == "ready\n"
-            front = [traffic, verb[0], *where, str(sent), heard, *verb[1:]]
+            front = [traffic, "client", *where, str(sent), heard, play, seconds, number]
             client = subprocess.run(
-                front, capture_output=True, text=True, check=True, timeout=DEADLINE
+                front, capture_output=True, text=True, check=True, timeout=DEADLINE, input=""
             )
             there, _ = backend.communicate(timeout=DEADLINE)
-        return json.loads(client.stdout), json.loads(there)
+        return json.loads(client.stdout.removeprefix("held\n")), json.loads(there)
 
     return meet
 
 
-def test_every_connection_comes_out_once(meet: Meet) -> None:
+@pytest.mark.parametrize("play", ["fin", "reset", "paced", "trips", "hold", "stall"])
+def test_every_connection_comes_out_once(meet: Meet, play: str) -> None:
     """
-    Each connection that the client counts was accepted, answered and ended by FIN.
+    Each connection that the client counts was accepted, answered and ended.
     """
-    here, there = meet("client", "0.2", "8")
+    here, there = meet(play, "0.2", "50")
 
     assert here["errors"] == there["errors"] == 0
-    assert here["done"] > 100
+    assert here["done"] >= 10
     assert here["done"] == there["accepted"] == there["ended"]
 
 
-def test_the_whole_stream_comes_out(meet: Meet) -> None:
+@pytest.mark.parametrize("number", ["1", "8"])
+@pytest.mark.parametrize(("play", "sent", "got"), [("down", 1, 0), ("up", 0, 1)])
+def test_every_stream_comes_out_whole(
+    meet: Meet, play: str, number: str, sent: int, got: int
+) -> None:
     """
-    The client reads as many bytes as the backend wrote.
+    One side reads as many bytes as the other wrote, on every stream to its end.
     """
-    here, there = meet("stream", "0.2", bulk="0.2")
+    ends = meet(play, "0.2", number)
 
-    assert here["errors"] == there["errors"] == 0
-    assert here["bytes"] > 1_000_000
-    assert here["bytes"] == there["bytes"]
+    assert ends[0]["errors"] == ends[1]["errors"] == 0
+    assert ends[sent]["out"] > 1_000_000
+    assert ends[sent]["out"] == ends[got]["in"]
+    assert ends[1]["ended"] == int(number)
 
 
-@pytest.mark.parametrize("verb", [("client", "0.2", "8"), ("stream", "0.2")], ids=lambda v: v[0])
-def test_another_backend_is_an_error(meet: Meet, verb: tuple[str, ...]) -> None:
+def test_the_first_byte_is_timed(meet: Meet) -> None:
+    """
+    A paced client opens so many connections as were asked for, and orders its percentiles.
+    """
+    here, _ = meet("paced", "0.5", "100")
+
+    assert here["done"] == 50
+    assert 0 < here["p50"] <= here["p99"] <= here["p999"] < 1
+
+
+@pytest.mark.parametrize("play", ["fin", "reset", "paced", "down", "up", "trips", "hold", "stall"])
+def test_another_backend_is_an_error(meet: Meet, play: str) -> None:
     """
     An answer of the right length from the wrong backend never counts.
     """
-    here, _ = meet(*verb, heard="wrong")
+    here, _ = meet(play, "0.2", "8", heard="wrong")
 
     assert here["errors"] > 0
     assert here["done"] == 0
@@ -108,7 +131,7 @@ def test_a_changed_hello_is_an_error(meet: Meet, hello: Path, tmp_path: Path) ->
     changed = tmp_path / "changed"
     data = hello.read_bytes()
     changed.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    here, there = meet("client", "0.2", "1", sent=changed)
+    here, there = meet("fin", "0.2", "1", sent=changed)
 
     assert here["errors"] > 0
     assert there["errors"] > 0
@@ -123,7 +146,7 @@ def test_a_lost_byte_is_an_error(traffic: str, hello: Path, offset: int) -> None
     port, front = free_port(), free_port()
     with (
         subprocess.Popen(
-            [traffic, "backend", HOST, str(port), str(hello), "right", "0.1"],
+            [traffic, "backend", HOST, str(port), str(hello), "right", "down", "0.1"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -133,7 +156,7 @@ def test_a_lost_byte_is_an_error(traffic: str, hello: Path, offset: int) -> None
         assert backend.stdout is not None
         assert backend.stdout.readline() == "ready\n"
         with subprocess.Popen(
-            [traffic, "stream", HOST, str(front), str(hello), "right", "1"],
+            [traffic, "client", HOST, str(front), str(hello), "right", "down", "0.1", "1"],
             stdout=subprocess.PIPE,
             text=True,
         ) as client:
@@ -157,18 +180,52 @@ def test_a_dead_port_ends_soon(traffic: str, hello: Path) -> None:
     """
     A contestant that refuses every connection yields errors, not an endless run.
     """
-    command = [traffic, "client", HOST, str(free_port()), str(hello), "right", "60", "8"]
+    command = [traffic, "client", HOST, str(free_port()), str(hello), "right"]
+    command += ["fin", "60", "8"]
     said = subprocess.run(command, capture_output=True, check=True, timeout=DEADLINE).stdout
 
     assert json.loads(said)["errors"] >= 100
     assert json.loads(said)["done"] == 0
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificate")
+    lab.make_certificate("name.example.com", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["name.example.com", "other.example.com"])
+def test_a_handshake_counts_only_with_the_right_certificate(certificate: Path, name: str) -> None:
+    """
+    The TLS client counts what it has verified against the CA and the name, and nothing else.
+    """
+    tls, where = str(lab.compile_end("tls", "-lssl", "-lcrypto")), (HOST, str(free_port()))
+    chain, key, ca = (str(certificate / x) for x in ("chain.pem", "key.pem", "ca.pem"))
+    with subprocess.Popen(
+        [tls, "backend", *where, chain, key, "right"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as backend:
+        assert backend.stdout is not None
+        assert backend.stdout.readline() == "ready\n"
+        front = [tls, "client", *where, ca, name, "right", "0.2", "4"]
+        client = subprocess.run(front, capture_output=True, text=True, check=True, timeout=DEADLINE)
+        there, _ = backend.communicate(timeout=DEADLINE)
+    here = json.loads(client.stdout)
+    right = name == "name.example.com"
+
+    assert (here["done"] > 10) == right
+    assert (here["errors"] == 0) == right
+    assert here["done"] == json.loads(there)["ended"]
+
+
 def results(**rates: list[float]) -> Results:
     made = Results()
     for name, values in rates.items():
         for value in values:
-            made.add("bulk", name, Sample(value, 1e-9))
+            made.add("down-1", name, Sample(value, 1e-9, {"p99": value * 10}))
     return made
 
 
@@ -178,40 +235,138 @@ def test_ratios_are_taken_within_a_round() -> None:
     """
     made = results(haproxy=[10, 1, 4], sockmap=[5, 0.9, 2])
 
-    assert made.ratio("bulk", "sockmap", "haproxy") == 0.5
-    assert made.ratio("bulk", "sockmap", "nginx") is None
+    assert made.ratio("down-1", "sockmap", "haproxy") == 0.5
+    assert made.ratio("down-1", "sockmap", "nginx") is None
 
 
-FLOOR = {"load": "bulk", "contestant": "sockmap", "relative_to": "haproxy", "floor": 0.7}
+def test_the_best_peer_is_the_least_where_less_is_better() -> None:
+    """
+    The best of the peers is told by its median, and nobody else is asked.
+    """
+    made = results(haproxy=[10, 1, 4], nginx=[5, 5, 5], sockmap=[100])
+
+    assert made.best("down-1", PEERS, lower=False, measure="value") == "nginx"
+    assert made.best("down-1", PEERS, lower=True, measure="value") == "haproxy"
+    assert made.best("up-1", PEERS, lower=True, measure="value") is None
+
+
+FLOOR = {"load": "down-1", "contestant": "sockmap", "relative_to": "haproxy", "at_least": 0.7}
+CEILING = {"load": "down-1", "contestant": "sockmap", "relative_to": BEST, "at_most": 1}
+BARE = {"load": "down-1", "contestant": "sockmap", "measure": "p99", "at_most": 100}
 
 
 @pytest.mark.parametrize(
-    ("rates", "expected"),
+    ("entry", "rates", "expected"),
     [
-        ({"haproxy": [10.0], "sockmap": [7.0]}, []),
-        ({"haproxy": [10.0], "sockmap": [6.9]}, ["bulk: sockmap / haproxy = 0.69, floor 0.7"]),
-        ({"haproxy": [10.0]}, ["bulk: sockmap / haproxy = not measured, floor 0.7"]),
+        (FLOOR, {"haproxy": [10.0], "sockmap": [7.0]}, ""),
+        (FLOOR, {"haproxy": [10.0], "sockmap": [6.9]}, "sockmap / haproxy = 0.69, floor 0.7"),
+        (FLOOR, {"haproxy": [10.0]}, "sockmap / haproxy = not measured, floor 0.7"),
+        (CEILING, {"haproxy": [10.0], "nginx": [8.0], "sockmap": [8.0]}, ""),
+        (
+            CEILING,
+            {"haproxy": [10.0], "nginx": [8.0], "sockmap": [9.0]},
+            "sockmap / nginx = 1.12, at most 1",
+        ),
+        (CEILING, {"sockmap": [9.0]}, "sockmap / best peer = not measured, at most 1"),
+        (BARE, {"sockmap": [10.0]}, ""),
+        (BARE, {"sockmap": [10.1]}, "sockmap (p99) = 101, at most 100"),
     ],
 )
-def test_floors(rates: dict[str, list[float]], expected: list[str]) -> None:
+def test_floors(entry: dict[str, Any], rates: dict[str, list[float]], expected: str) -> None:
     """
-    A floor is held only by a measured ratio that reaches it.
+    A floor is held only by a measured figure that reaches it.
     """
-    assert expected == quick.below_floors(results(**rates), [FLOOR])
+    said = read_floors([entry])[0].broken(results(**rates), PEERS)
+
+    assert expected == said.removeprefix("down-1: ")
 
 
-def test_the_floors_name_what_is_measured() -> None:
+@pytest.mark.parametrize("kind", [QUICK, FULL], ids=lambda x: x.floors)
+def test_the_floors_name_what_is_measured(kind: Any) -> None:
     """
-    No floor names a load or contestant that does not exist.
+    Each floor is of a load and of contestants that its kind of run measures.
     """
-    names = {x.name for x in quick.CONTESTANTS}
-    for floor in json.loads((quick.HERE / "floors.json").read_text()):
-        assert floor["load"] in {x.name for x in LOADS}
-        assert {floor["contestant"], floor["relative_to"]} <= names
+    chosen = {x.name: x for x in CONTESTANTS if x.name in kind.contestants}
+    for floor in read_floors(json.loads((lab.HERE / "floors.json").read_text())[kind.floors]):
+        assert floor.load in kind.loads
+        assert chosen[floor.contestant].fits(floor.load)
+        assert floor.relative_to in {"", BEST, *chosen}
+
+
+def test_every_contestant_fits_a_load_and_every_load_has_one() -> None:
+    """
+    No name in the lists of loads is misspelt, and no two are alike.
+    """
+    names = [x.name for x in LOADS]
+    fitted = {load for x in CONTESTANTS for load in names if x.fits(load)}
+
+    assert len({x.name for x in CONTESTANTS}) == len(CONTESTANTS)
+    assert fitted == set(names)
+    assert all(any(x.fits(load) for load in names) for x in CONTESTANTS)
+
+
+def test_a_plot_is_drawn_to_scale() -> None:
+    """
+    A plot is a whole SVG, and twice the median is twice the bar.
+    """
+    made = results(haproxy=[5.0, 5.0], sockmap=[10.0, 10.0])
+    drawn = plot(made, named(["down-1"])[0], {"sockmap"})
+    parsed = parseString(drawn)  # noqa: S318 - our own
+    bars = [float(x.getAttribute("width")) for x in parsed.getElementsByTagName("rect")]
+
+    assert len(bars) == 2
+    assert bars[1] == pytest.approx(2 * bars[0])
+
+
+def test_a_table_has_every_ratio() -> None:
+    """
+    A table compares with direct and with the best peer.
+    """
+    made = results(direct=[20.0], haproxy=[10.0], sockmap=[5.0])
+    lines = [x.split() for x in table(made, named(["down-1"])[0]).splitlines()]
+
+    assert lines[1][:5] == ["median", "min", "max", "/direct", "/haproxy"]
+    assert lines[4][:6] == ["sockmap", "5", "5", "5", "0.25", "0.5"]
+
+
+class Broken:
+    """
+    A bench on which everything starts, and nothing can be measured.
+    """
+
+    @contextlib.contextmanager
+    def running(self, *_: object, **__: object) -> Iterator[None]:
+        """
+        Start.
+        """
+        yield
+
+    def ends(self, *_: object) -> None:
+        """
+        Break down.
+        """
+        raise BenchError("a generator failed")
+
+
+def test_who_cannot_be_measured_is_left_out_and_fails_the_run() -> None:
+    """
+    A contestant that breaks down is an error once, and has no figure; the run goes on.
+    """
+    args = argparse.Namespace(what=["burst", "single"], rounds=3, seconds=0.1)
+    made = measure(cast("Bench", Broken()), args, [CONTESTANTS[0]])
+
+    assert made.errors == [
+        "round 1, burst, direct: a generator failed",
+        "round 1, single, direct: a generator failed",
+    ]
+    assert not any(made.samples.values())
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(lab.ROOT / "tests")}
 
 
 def quick_run(*argv: str) -> list[str]:
-    return [sys.executable, str(quick.HERE / "quick.py"), "--only", "direct", *argv]
+    return [sys.executable, "-m", "bench.quick", *argv, "--only", "direct"]
 
 
 def test_a_whole_run_without_contestants_to_install(tmp_path: Path) -> None:
@@ -225,15 +380,17 @@ def test_a_whole_run_without_contestants_to_install(tmp_path: Path) -> None:
         text=True,
         check=False,
         timeout=60,
+        env=ENVIRONMENT,
     )
     report = json.loads(out.read_text())
 
     assert done.returncode == 1
     assert report["errors"] == []
     assert len(report["below_floors"]) == 2
-    assert all(len(report["samples"][x.name]["direct"]) == 2 for x in LOADS)
-    assert all(s["rate"] > 0 for x in LOADS for s in report["samples"][x.name]["direct"])
-    assert all(x.title in done.stdout for x in LOADS)
+    assert report["samples"].keys() == set(QUICK.loads)
+    assert all(len(of["direct"]) == 2 for of in report["samples"].values())
+    assert all(s["value"] > 0 for of in report["samples"].values() for s in of["direct"])
+    assert all(x.title in done.stdout for x in named(list(QUICK.loads)))
 
 
 def lines_of_processes(working_in: Path) -> list[str]:
@@ -260,7 +417,7 @@ def test_a_killed_run_leaves_nothing(tmp_path: Path, number: signal.Signals) -> 
     """
     hello = f"/{LOADS[0].host} direct"
     with subprocess.Popen(
-        quick_run("--rounds", "1", "--seconds", "33"), env=os.environ | {"TMPDIR": str(tmp_path)}
+        quick_run("--rounds", "1", "--seconds", "33"), env=ENVIRONMENT | {"TMPDIR": str(tmp_path)}
     ) as run:
         wait_for(lambda: sum(hello in x for x in lines_of_processes(tmp_path)) == 2)
         run.send_signal(number)
