@@ -23,7 +23,7 @@ from controller.core.wire import (
     Decoder,
     Message,
     WireError,
-    dump_routes,
+    dump_table,
     encode,
     read_hello,
 )
@@ -34,6 +34,9 @@ ANSWER_TIMEOUT = 30
 _CHUNK = 1 << 16
 _NAMED = 20
 """Hosts that a log line names; of more it tells the number."""
+
+Content = tuple[tuple[Route, ...], tuple[str, ...]]
+"""Routes and networks: a table but for its generation."""
 
 log = structlog.get_logger()
 
@@ -71,18 +74,22 @@ class Link:
         self._path = path
         self._on_served = on_served
         self._on_refused = on_refused
-        self._wanted: tuple[Route, ...] | None = None
+        self._wanted: Content | None = None
         self._since: float | None = None
         self._report: Message | None = None
         self._news = asyncio.Event()
         self._generation = 0
 
-    def want(self, routes: tuple[Route, ...], since: float | None = None) -> None:
+    def want(
+        self, routes: tuple[Route, ...], networks: tuple[str, ...], since: float | None = None
+    ) -> None:
         """
-        Have the router serve *routes*; *since* is when that which changed them happened.
+        Have the router serve *routes*, knowing the *networks* of containers.
+
+        *since* is when that which changed them happened.
         """
-        if routes != self._wanted:
-            self._wanted = routes
+        if (routes, networks) != self._wanted:
+            self._wanted = routes, networks
             self._since = self._since or since
             self._news.set()
 
@@ -122,26 +129,28 @@ class Link:
             self._generation = max(self._generation, served.generation)
             log.info("router connected", generation=served.generation, routes=len(served.routes))
             self._on_served(served)
-            await self._push(writer, inbox, served.routes if served.generation else None)
+            content = served.routes, served.networks
+            await self._push(writer, inbox, content if served.generation else None)
 
     async def _push(
         self,
         writer: asyncio.StreamWriter,
         inbox: asyncio.Queue[Message],
-        acked: tuple[Route, ...] | None,
+        acked: Content | None,
     ) -> None:
-        refused, told = None, None
+        refused: Content | None = None
+        told: Message | None = None
         while True:
             self._news.clear()
             wanted, since = self._wanted, self._since
             self._since = None
             if wanted is not None and wanted not in (acked, refused):
                 self._generation += 1
-                table = {"generation": self._generation, "routes": dump_routes(wanted)}
-                await _send(writer, {"type": "table", **table})
+                table = RouteTable(self._generation, *wanted)
+                await _send(writer, {"type": "table", **dump_table(table)})
                 error = self._verdict(await _answer(inbox))
                 if error is None:
-                    self._log_change(acked or (), wanted, since)
+                    self._log_change(acked[0] if acked else (), wanted[0], since)
                     acked, refused = wanted, None
                 else:
                     refused = wanted

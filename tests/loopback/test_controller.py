@@ -19,8 +19,8 @@ import structlog
 from aiohttp import web
 
 from controller.app import Controller
-from controller.core.routes import Backend, Route
-from controller.core.wire import VERSION, Decoder, dump_routes, encode, read_routes
+from controller.core.routes import Backend, Route, RouteTable
+from controller.core.wire import VERSION, Decoder, dump_table, encode, read_table
 from controller.settings import ControllerSettings
 
 DEADLINE = 10.0
@@ -199,6 +199,7 @@ class Router:
         self.path = path
         self.generation = 0
         self.routes: tuple[Route, ...] = ()
+        self.networks: tuple[str, ...] = ()
         self.tables: list[tuple[Route, ...]] = []
         self.report: dict[str, Any] = {"engines": [], "problems": []}
         self.refuse = False
@@ -269,17 +270,17 @@ class Router:
     def _answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
         match message["type"]:
             case "hello":
-                table = {"generation": self.generation, "routes": dump_routes(self.routes)}
-                return {"type": "hello", "version": VERSION, **table}
+                served = RouteTable(self.generation, self.routes, self.networks)
+                return {"type": "hello", "version": VERSION, **dump_table(served)}
             case "table":
-                routes = read_routes(message["routes"])
-                generation = message["generation"]
-                self.tables.append(routes)
+                table = read_table(message)
+                self.tables.append(table.routes)
                 if self.refuse:
-                    return {"type": "nack", "generation": generation, "error": "no room"}
-                assert generation > self.generation
-                self.generation, self.routes = generation, routes
-                return {"type": "ack", "generation": generation}
+                    return {"type": "nack", "generation": table.generation, "error": "no room"}
+                assert table.generation > self.generation
+                self.generation, self.routes = table.generation, table.routes
+                self.networks = table.networks
+                return {"type": "ack", "generation": table.generation}
             case _:
                 self.report = message
                 return None
@@ -405,6 +406,32 @@ def test_ways_around_this_host_are_told(tmp_path: Path) -> None:
             "inside": "internal_network",
             "host": "host_network",
         } == house.router.detours
+
+    play(tmp_path, scene)
+
+
+def test_networks_whose_containers_may_be_clients_are_told(tmp_path: Path) -> None:
+    """
+    The engine's bridges on this host, whether or not a container there has a label, and no other.
+    """
+
+    def network(name: str, driver: str, *subnets: str) -> dict[str, Any]:
+        config = [{"Subnet": subnet} for subnet in subnets]
+        return {"Name": name, "Driver": driver, "IPAM": {"Config": config or None}}
+
+    async def scene(house: House) -> None:
+        house.engine.networks = [
+            network("bridge", "bridge", "2001:db8::/64", "127.0.0.0/8"),
+            network("elsewhere", "bridge", "203.0.113.0/24"),
+            network("unsettled", "bridge", "", "invalid Prefix"),
+            network("lan", "macvlan", "127.1.0.0/16"),
+            network("host", "host"),
+            {"Name": "none", "Driver": "null", "IPAM": None},
+        ]
+        async with house.controller():
+            await until(lambda: house.router.tables, "a table")
+
+        assert ("127.0.0.0/8", "2001:db8::/64") == house.router.networks
 
     play(tmp_path, scene)
 
@@ -657,11 +684,13 @@ def test_controller_beside_a_dead_engine_drops_nothing(tmp_path: Path) -> None:
         known = Backend("a", house.engine.url, "127.0.0.2", 443)
         house.router.generation = 41
         house.router.routes = (Route("a.example.com", (known,)), Route("x.example", (gone,)))
+        house.router.networks = ("127.0.0.0/8",)
         await house.engine.stop()
         async with house.controller(routes=routes):
             await until(lambda: "s.example" in house.router.pools, "the file's route")
             assert {"a.example.com", "s.example"} == house.router.pools.keys()
             assert 42 == house.router.generation
+            assert ("127.0.0.0/8",) == house.router.networks
 
             fresh = Router(house.router.path)
             await house.router.stop()
@@ -673,6 +702,7 @@ def test_controller_beside_a_dead_engine_drops_nothing(tmp_path: Path) -> None:
             await house.engine.start()
             expected = {"b.example.com", "s.example"}
             await until(lambda: fresh.pools.keys() == expected, "what the engine says")
+            assert () == fresh.networks
 
     play(tmp_path, scene)
 
