@@ -239,3 +239,36 @@ def test_neighbours_and_the_host_are_served(
     # one more fetched at the start
     seen = wait_for("all five in the log", lambda: len(x := witness.seen()) == 5 and x)
     assert {witness.address(networks.dual, "Gateway")} == {address for address, _ in seen}
+
+
+@pytest.fixture
+def lan(engine: Engine) -> Iterator[Any]:
+    """
+    Have a macvlan network, which the host reaches by a foot of its own in it.
+    """
+    ip = ("ip", "link")
+    engine.host.run(*ip, "add", "lan0", "type", "veth", "peer", "name", "lan1")
+    engine.host.run(*ip, "add", "foot", "link", "lan0", "type", "macvlan", "mode", "bridge")
+    engine.host.run("ip", "addr", "add", "198.18.69.250/24", "dev", "foot")
+    for device in ("lan0", "lan1", "foot"):
+        engine.host.run(*ip, "set", device, "up")
+    pool = IPAMPool(subnet="198.18.69.0/24", iprange="198.18.69.0/28", gateway="198.18.69.254")
+    network = engine.api.networks.create(
+        "lan", driver="macvlan", options={"parent": "lan0"}, ipam=IPAMConfig(pool_configs=[pool])
+    )
+    yield network
+    network.remove()
+    for device in ("foot", "lan0"):
+        engine.host.run(*ip, "del", device)
+
+
+def test_a_container_on_a_macvlan_is_served(
+    engine: Engine, lan: Any, sniroute: Sniroute, run_witness: RunWitness
+) -> None:
+    """
+    The replies of a container on the LAN leave by the LAN's own gateway, so nothing is lent.
+    """
+    witness = run_witness({"sniroute.host": HOST, "sniroute.network": "lan"}, lan)
+    sniroute.wait_for_route(HOST, witness.address())
+
+    expect_plain(sniroute, ask(engine, witness), "macvlan")
