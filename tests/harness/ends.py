@@ -145,7 +145,9 @@ class Sender:
         digest = hashlib.sha256()
         try:
             while self.sent < self.size:
-                data = memoryview(self.block)[: self.size - self.sent]
+                # from where the last send stopped: the stream is the block, over and over
+                start = self.sent % len(self.block)
+                data = memoryview(self.block)[start : start + self.size - self.sent]
                 count = self.end.send(data)
                 digest.update(data[:count])
                 self.sent += count
