@@ -19,8 +19,11 @@ BUILD_PACKAGES := clang gcc libbpf-dev libc6-dev libnftables1 libseccomp-dev lib
 DEMO_PACKAGES := ca-certificates containerd docker.io iproute2 iptables util-linux
 TEST_PACKAGES := $(DEMO_PACKAGES) aardvark-dns bpftool clang-format curl debootstrap haproxy netavark nftables nginx \
 	libnginx-mod-stream openssl podman procps runc slirp4netns strace
-
 BENCH_PACKAGES := iperf3 nghttp2-client sniproxy wrk
+
+# an engine that is named need not be here
+FIND_ENGINE = $(BIN)/python -c 'import sys; from controller.runtime import find_engines; \
+	sys.exit(not any(engine.present for engine in find_engines(["auto"])))'
 
 NATIVE_C := $(filter-out %/_ffi.c,$(wildcard bpfprog/*.[ch] controller/router/native/*.[ch]))
 C_FILES := $(NATIVE_C) $(wildcard tests/bench/*.[ch] tests/harness/*.c)
@@ -69,8 +72,7 @@ $(VENV)/.test: $(VENV)/.dev
 
 .PHONY: run demo
 run: dev ## Route to this machine's labelled containers (LISTEN=:443 ARGS=...)
-	$(BIN)/python -c 'import sys; from controller.runtime import find_engines; \
-		sys.exit(not any(engine.present for engine in find_engines(["auto"])))' || { \
+	$(if $(findstring --engine,$(ARGS)),:,$(FIND_ENGINE)) || { \
 		echo "no Docker or Podman socket found; see sniroute at work with: make demo"; exit 1; }
 	$(ROOT) $(BIN)/sniroute run --listen $(LISTEN) $(ARGS)
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from controller.app import Controller
 from controller.log import configure
-from controller.privilege import drop_to
+from controller.privilege import drop_to, shut
 from controller.settings import ControllerSettings
 
 log = structlog.get_logger()
@@ -23,6 +23,8 @@ def main() -> int:
     """
     # first of all: nothing here needs a capability, least of all what reads an engine's answers
     drop_to(())
+    # a router that somebody has got hold of is not to get at an engine through here
+    shut()
     try:
         settings = ControllerSettings()
         configure("controller", settings.log_level)

@@ -7,10 +7,10 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -31,6 +31,8 @@ from controller.settings import (
 
 ANSWER_TIMEOUT = 10.0
 """Seconds that the router may take to answer; it answers from its own loop, in milliseconds."""
+
+Kind = TypeVar("Kind", bound=CommonSettings)
 
 app = typer.Typer(
     help="Route TLS connections to containers by SNI, with the bytes moved by the kernel.",
@@ -59,15 +61,7 @@ def settings_command(settings: type[CommonSettings]) -> Callable[..., Any]:
 
         def command(**flags: Any) -> None:
             rest = {other.name: flags.pop(other.name) for other in others}
-            given = {name: value for name, value in flags.items() if value not in (None, [], ())}
-            try:
-                values = settings(**given)
-            except ValidationError as err:
-                for error in err.errors():
-                    flag = "--" + str(error["loc"][0]).replace("_", "-")
-                    print(f"sniroute: {flag}: {error['msg']}", file=sys.stderr)
-                raise typer.Exit(2) from None
-            raise typer.Exit(function(values, **rest))
+            raise typer.Exit(function(_read(settings, flags), **rest))
 
         command.__doc__ = function.__doc__
         command.__name__ = function.__name__
@@ -77,6 +71,19 @@ def settings_command(settings: type[CommonSettings]) -> Callable[..., Any]:
         return app.command()(command)
 
     return decorate
+
+
+def _read(settings: type[Kind], flags: Mapping[str, Any]) -> Kind:
+    """
+    Read *flags*; one that is None or empty comes from elsewhere, and a bad one ends the command.
+    """
+    try:
+        return settings(**{k: v for k, v in flags.items() if v not in (None, [], ())})
+    except ValidationError as err:
+        for error in err.errors():
+            flag = "--" + str(error["loc"][0]).replace("_", "-")
+            print(f"sniroute: {flag}: {error['msg']}", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 
 def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
@@ -124,7 +131,8 @@ def router(settings: RouterSettings) -> int:
 
 def _become(module: str, settings: CommonSettings) -> int:
     environment = {**os.environ, **settings.environment()}
-    os.execve(sys.executable, [sys.executable, "-m", module], environment)  # noqa: S606 - ourselves
+    # -P: what lies in the current directory is not ours to run
+    os.execve(sys.executable, [sys.executable, "-P", "-m", module], environment)  # noqa: S606 - ourselves
 
 
 # --- looking ---
@@ -149,7 +157,8 @@ def check(
     there are problems.
     """
     engines = tuple(engine or ()) or ((ENGINE_NONE,) if routes or compose else (ENGINE_AUTO,))
-    settings = ControllerSettings(engine=engines, routes=routes, network=network)
+    flags = {"engine": engines, "routes": routes, "network": network}
+    settings = _read(ControllerSettings, flags)
     raise typer.Exit(check_labels(settings, compose or [], as_json))
 
 

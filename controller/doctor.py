@@ -19,7 +19,7 @@ from aiodocker import Docker
 from controller import privilege
 from controller.core.finding import Finding, State, read_finding, worst
 from controller.link import reason
-from controller.runtime import EngineAddress, find_engines
+from controller.runtime import EngineAddress, find_engines, is_rootless
 from controller.settings import ENGINE_AUTO, RunSettings
 
 ROUTER_TIMEOUT: Final = 60
@@ -57,7 +57,7 @@ def examine_host(settings: RunSettings) -> list[Finding]:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "controller.router.doctor"],
+            [sys.executable, "-P", "-m", "controller.router.doctor"],
             env={**os.environ, **settings.environment()},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -142,13 +142,6 @@ def describe(version: Mapping[str, Any]) -> str:
     components = version.get("Components") or [{}]
     name = "Podman" if "podman" in str(components[0].get("Name")).lower() else "Docker"
     return f"{name} {version.get('Version')}, API {version.get('ApiVersion')}"
-
-
-def is_rootless(info: Mapping[str, Any]) -> bool:
-    """
-    Tell whether an engine that says this of itself runs without root.
-    """
-    return any("rootless" in option for option in info.get("SecurityOptions") or ())
 
 
 def _print(findings: Iterable[Finding], *, as_json: bool, out: TextIO) -> None:

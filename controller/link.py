@@ -79,6 +79,7 @@ class Link:
         self._report: Message | None = None
         self._news = asyncio.Event()
         self._generation = 0
+        self._delays, self._lost = delays(), ""
 
     def want(
         self, routes: tuple[Route, ...], networks: tuple[str, ...], since: float | None = None
@@ -105,20 +106,18 @@ class Link:
         """
         Connect, and connect again whenever the router was away.
         """
-        waits, lost = delays(), ""
         while True:
             try:
                 reader, writer = await asyncio.open_unix_connection(self._path)
                 try:
                     await self._hello(reader, writer)
-                    waits, lost = delays(), ""
                 finally:
                     writer.close()
             except Exception as err:  # noqa: BLE001 - the root of the task
-                if (why := reason(err)) != lost:
+                if (why := reason(err)) != self._lost:
                     log.warning("router away", control=str(self._path), error=why)
-                    lost = why
-            await asyncio.sleep(next(waits))
+                    self._lost = why
+            await asyncio.sleep(next(self._delays))
 
     async def _hello(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inbox: asyncio.Queue[Message] = asyncio.Queue()
@@ -160,6 +159,8 @@ class Link:
             if (report := self._report) is not None and report != told:
                 await _send(writer, report)
                 told = report
+            # not before: a router that hangs up at each table is not asked ever faster
+            self._delays, self._lost = delays(), ""
             await self._news.wait()
 
     def _verdict(self, answer: Message) -> str | None:

@@ -14,6 +14,15 @@ def holds(names: Iterable[str]) -> bool:
     return {pyprctl.Cap[name] for name in names} <= pyprctl.CapState.get_current().permitted
 
 
+def shut() -> None:
+    """
+    Keep other processes of the same user out of this one's memory and descriptors.
+
+    Without a capability on either side uid 0 is a user like any other, and may trace its own.
+    """
+    pyprctl.set_dumpable(False)
+
+
 def drop_to(keep: Iterable[str]) -> frozenset[str]:
     """
     Keep at most the capabilities *keep* (names without `CAP_`), in every set, and never gain more.

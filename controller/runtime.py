@@ -24,7 +24,7 @@ from aiodocker.exceptions import DockerError
 
 from controller.core.labels import is_labelled
 from controller.core.plan import Container, Network
-from controller.settings import ENGINE_AUTO, ENGINE_NONE
+from controller.settings import ENGINE_AUTO, ENGINE_NONE, ENGINE_SCHEMES
 
 LIST_TIMEOUT = 30
 """Seconds for a whole list: an engine that hangs is an engine that is away."""
@@ -46,7 +46,6 @@ _NOT_BRIDGED = {"macvlan", "ipvlan", "overlay", "null"}
 """Drivers whose addresses the host can not reach, or reaches by a detour."""
 
 _UNIX = "unix://"
-_SCHEMES = (_UNIX, "tcp://", "http://", "https://")
 
 _GONE = 404
 
@@ -96,9 +95,6 @@ def find_engines(
 
     `auto` gives every usual place, also where there is no socket now: an engine that is just
     restarting must not lose its routes.
-
-    Raises:
-        ValueError: a URL that is none.
     """
     usual = usual_places(environ)
     engines: list[EngineAddress] = []
@@ -106,12 +102,9 @@ def find_engines(
         if text == ENGINE_AUTO:
             engines += usual
             urls = (environ.get(name, "") for name in ("DOCKER_HOST", "CONTAINER_HOST"))
-            engines += [_named(url, usual) for url in urls if url.startswith(_SCHEMES)]
+            engines += [_named(url, usual) for url in urls if url.startswith(ENGINE_SCHEMES)]
         elif text != ENGINE_NONE:
-            url = _UNIX + text if text.startswith("/") else text
-            if not url.startswith(_SCHEMES):
-                raise ValueError(f"engine {text!r}: not a URL of {', '.join(_SCHEMES)}")
-            engines.append(_named(url, usual))
+            engines.append(_named(_UNIX + text if text.startswith("/") else text, usual))
     distinct: dict[object, EngineAddress] = {}
     # one place under two names is one engine; asked for, it is never passed over in silence
     for engine in sorted(engines, key=lambda engine: not engine.asked):
@@ -217,7 +210,7 @@ class Runtime:
         except DockerError:
             # a proxy before the socket may not let this pass, and routes do not hang on it
             return False
-        return bool(info.get("Rootless")) or "name=rootless" in (info.get("SecurityOptions") or ())
+        return is_rootless(info)
 
     async def _inspect(self, ids: Iterable[str]) -> list[dict[str, Any]]:
         limit = asyncio.Semaphore(_INSPECTS)
@@ -240,6 +233,13 @@ class Runtime:
             for container in ids:
                 tasks.create_task(inspect(container), name=f"inspect {container[:12]}")
         return running
+
+
+def is_rootless(info: Mapping[str, Any]) -> bool:
+    """
+    Tell whether an engine that says this of itself runs without root.
+    """
+    return bool(info.get("Rootless")) or "name=rootless" in (info.get("SecurityOptions") or ())
 
 
 def _read_container(

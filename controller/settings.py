@@ -9,9 +9,10 @@ import os
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from controller.core import clientip
@@ -30,6 +31,7 @@ Network = IPv4Network | IPv6Network
 
 ENGINE_AUTO = "auto"
 ENGINE_NONE = "none"
+ENGINE_SCHEMES = ("unix://", "tcp://", "http://", "https://")
 
 
 class HandoffChoice(StrEnum):
@@ -61,6 +63,17 @@ def _control_path() -> Path:
 def _comma_list(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     return tuple(part.strip() for part in ",".join(map(str, texts)).split(",") if part.strip())
+
+
+def _engines(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        if text not in (ENGINE_AUTO, ENGINE_NONE) and not text.startswith(("/", *ENGINE_SCHEMES)):
+            raise PydanticCustomError(
+                "engine",
+                "{engine}: neither auto nor none, no path, and no URL of {schemes}",
+                {"engine": repr(text), "schemes": ", ".join(ENGINE_SCHEMES)},
+            )
+    return texts
 
 
 class CommonSettings(BaseSettings):
@@ -116,6 +129,7 @@ class ControllerSettings(CommonSettings):
     )
 
     _split_engine = field_validator("engine", mode="before")(_comma_list)
+    _check_engine = field_validator("engine")(_engines)
 
 
 class RouterSettings(CommonSettings):
@@ -228,10 +242,3 @@ class RunSettings(ControllerSettings, RouterSettings):
     """
     Both processes, for `sniroute run`.
     """
-
-    @classmethod
-    def of(cls, **flags: Any) -> Self:
-        """
-        Make settings of command-line *flags*; one that is None or empty comes from elsewhere.
-        """
-        return cls(**{k: v for k, v in flags.items() if v not in (None, [], ())})

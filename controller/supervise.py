@@ -52,8 +52,8 @@ class Child:
         """
         self.starts += 1
         self.started = time.monotonic()
-        self.process = subprocess.Popen(  # noqa: S603 - our own modules
-            [sys.executable, "-m", self.module],
+        self.process = subprocess.Popen(  # noqa: S603 - our own modules, -P: from nowhere else
+            [sys.executable, "-P", "-m", self.module],
             env=environment,
             stdin=subprocess.DEVNULL,
             preexec_fn=_child,  # noqa: PLW1509 - the supervisor has no threads

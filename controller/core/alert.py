@@ -4,12 +4,9 @@ TLS alerts: the last word to a client whose hello leads nowhere (RFC 8446, secti
 
 from functools import cache
 
-UNEXPECTED_MESSAGE = 10
-RECORD_OVERFLOW = 22
 HANDSHAKE_FAILURE = 40
 ILLEGAL_PARAMETER = 47
 DECODE_ERROR = 50
-PROTOCOL_VERSION = 70
 INTERNAL_ERROR = 80
 UNRECOGNIZED_NAME = 112
 

@@ -32,6 +32,9 @@ BIND: Final = "NET_BIND_SERVICE"
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for all that is no connection: listeners, BPF, control, metrics, logs."""
 
+TURN: Final = 0.0005
+"""Seconds that the loop waits for its turn while another thread reads a table or writes a page."""
+
 logger = structlog.get_logger()
 
 
@@ -59,6 +62,7 @@ def main() -> int:
 def _serve(settings: RouterSettings) -> None:
     needed = CAPABILITIES if privilege.holds(CAPABILITIES) else (*CAPABILITIES, STAND_IN)
     capabilities = privilege.drop_to((*needed, BIND))
+    sys.setswitchinterval(TURN)
     loop = Loop()
     if lib.hello_init():
         raise NotPossible("OpenSSL does not start")

@@ -3,7 +3,7 @@ The router's event loop: descriptors, timers, and the order of things at the end
 
 Rules of this file:
 
-1. One thread.  A handler never blocks.
+1. One thread.  A handler never blocks.  Other threads `ask`.
 2. A descriptor is closed only after the round in which it was given up: until then its number
    can not come back as another connection's, so a late event meets nobody.
 """
@@ -14,8 +14,11 @@ import heapq
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Final
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -27,6 +30,8 @@ ONE_SHOT_EVENTS: Final = 256
 log = structlog.get_logger()
 
 Handler = Callable[[int], None]
+
+T = TypeVar("T")
 
 
 class Timer:
@@ -61,11 +66,14 @@ class Loop:
         self._soon: list[Callable[[], None]] = []
         self._closing: list[int] = []
         self._resetting: list[int] = []
+        self._asked: deque[Callable[[], None]] = deque()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.handlers: dict[int, Handler] = {}
         self.round_ends: list[Callable[[], None]] = []
         self.now = time.monotonic()
         self.stopping = False
         self.faults = 0
+        self.watch(self._bell, select.EPOLLIN, self._on_bell)
 
     @property
     def epoll_fd(self) -> int:
@@ -115,6 +123,24 @@ class Loop:
         """
         self._soon.append(action)
 
+    def ask(self, question: Callable[[], T], patience: float | None = None) -> T:
+        """
+        Have *question* answered between two handlers; for other threads than the loop's.
+
+        Raises:
+            TimeoutError: there is no answer within *patience* seconds.
+            Exception: whatever *question* raises.
+        """
+        answer: Future[T] = Future()
+        self._asked.append(partial(_answer, question, answer))
+        os.eventfd_write(self._bell, 1)
+        return answer.result(patience)
+
+    def _on_bell(self, _: int) -> None:
+        os.eventfd_read(self._bell)
+        while self._asked:
+            self._asked.popleft()()
+
     def run(self) -> None:
         """
         Go on until `stopping`.
@@ -138,7 +164,7 @@ class Loop:
                 try:
                     handler(event)
                 except Exception as err:  # noqa: BLE001 - the root of all that handlers do
-                    self._fault(handler, err)
+                    self.fault(handler, err)
         if self._soon:
             actions, self._soon = self._soon, []
             for action in actions:
@@ -153,15 +179,16 @@ class Loop:
         try:
             action()
         except Exception as err:  # noqa: BLE001 - as above
-            self._fault(action, err)
+            self.fault(action, err)
 
-    def _fault(self, action: Callable[..., None], error: Exception) -> None:
+    def fault(self, action: Callable[..., None], error: Exception) -> None:
         """
         Have a fault of ours cost the connection that met it, and no other.
         """
         self.faults += 1
         log.error("internal error", exc_info=error)
-        cut = getattr(getattr(action, "__self__", None), "cut", None)
+        method = action.func if isinstance(action, partial) else action
+        cut = getattr(getattr(method, "__self__", None), "cut", None)
         if cut is not None:
             with contextlib.suppress(Exception):
                 cut("internal_error")
@@ -188,4 +215,11 @@ class Loop:
             lib.reset(fd)
         self._resetting.clear()
         for action in self.round_ends:
-            action()
+            self._call(action)
+
+
+def _answer(question: Callable[[], Any], answer: Future[Any]) -> None:
+    try:
+        answer.set_result(question())
+    except Exception as err:  # noqa: BLE001 - it is the asker's
+        answer.set_exception(err)

@@ -21,14 +21,19 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from controller.core.session import Side
 from controller.log import dropped_lines
 from controller.router.address import read_listen
 from controller.router.control import Control
-from controller.router.router import Router
+from controller.router.router import ACCEPT_PAUSE, Router
 
 CLIENT_PATIENCE: Final = 10.0
 """Seconds that a scraper may take for its request."""
+
+LOOP_PATIENCE: Final = 5.0
+"""Seconds that the loop may take to answer; it takes the rest of a round, far below one."""
+
+MAX_SCRAPERS: Final = 8
+"""Scrapers at once, each with a thread and a descriptor; more wait in the listen queue."""
 
 
 class RouterCollector(Collector):
@@ -115,30 +120,24 @@ class RouterCollector(Collector):
             ["reason"],
             stats.reasons,
         )
-        active: Counter[tuple[str, ...]] = Counter()
-        moved: Counter[tuple[str, ...]] = Counter(stats.bytes)
-        for route, flow in router.flows():
-            active[route, flow.handoff] += 1
-            if not flow.session.over:
-                moved[route, "in", flow.handoff] += flow.bytes(Side.CLIENT)
-                moved[route, "out", flow.handoff] += flow.bytes(Side.BACKEND)
+        # in the loop no connection ends meanwhile, to be counted twice or not at all
+        traffic = router.loop.ask(router.traffic, LOOP_PATIENCE)
         yield _gauge(
             "sniroute_connections_active",
             "Connections handed over and not ended.",
             ["route", "handoff"],
-            active,
+            traffic.active,
         )
-        waiting = len(router.connections) - sum(active.values())
         yield GaugeMetricFamily(
             "sniroute_connections_pending",
             "Connections that wait for their hello, their backend or their end.",
-            value=max(waiting, 0),
+            value=traffic.pending,
         )
         yield _counter(
             "sniroute_forward_bytes",
             "Bytes moved from clients (in) and from backends (out).",
             ["route", "direction", "handoff"],
-            moved,
+            traffic.moved,
         )
         yield _counter(
             "sniroute_backend_connect_errors",
@@ -244,6 +243,50 @@ def _gauge(name: str, text: str, labels: list[str], counts: Any) -> Metric:
     return _add(GaugeMetricFamily(name, text, labels=labels), counts)
 
 
+class Server(ThreadingHTTPServer):
+    """
+    An HTTP server with a bound on its threads and descriptors.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+        self._free = threading.BoundedSemaphore(MAX_SCRAPERS)
+        super().__init__((host, port), handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """
+        Accept; after a failure not at once again, since whoever waits goes on waiting.
+        """
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(ACCEPT_PAUSE)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """
+        Start a thread for *request* when there may be one more.
+        """
+        self._free.acquire()
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            # no thread to be had
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """
+        Answer *request*, and let the next one in.
+        """
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+
 def serve(address: str, router: Router, control: Control, version: str) -> ThreadingHTTPServer:
     """
     Serve /metrics and /healthz on *address*, `ADDR:PORT`.
@@ -261,7 +304,12 @@ def serve(address: str, router: Router, control: Control, version: str) -> Threa
 
         def do_GET(self) -> None:
             if self.path == "/metrics":
-                self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
+                try:
+                    page = generate_latest(registry)
+                except TimeoutError:
+                    self._answer(503, "text/plain; charset=utf-8", b"the router is busy\n")
+                else:
+                    self._answer(200, CONTENT_TYPE_LATEST, page)
             elif self.path == "/healthz":
                 ready = router.table.generation > 0 and not router.draining
                 text = b"ready\n" if ready else b"not ready: no routing table, or draining\n"
@@ -281,12 +329,8 @@ def serve(address: str, router: Router, control: Control, version: str) -> Threa
             Scrapes are no news.
             """
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
-
     try:
-        server = Server((host, port), Handler)
+        server = Server(host, port, Handler)
     except OSError as err:
         raise OSError(err.errno, f"metrics address {address}: {err.strerror}") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

@@ -4,7 +4,9 @@ What the connections of one router share: the table, the ladder of hand-offs, th
 
 import errno
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, Final
@@ -13,9 +15,10 @@ import structlog
 
 from bpfprog import MAX_CONNECTIONS
 from controller.core.routes import Backend, Route, RouteTable
+from controller.core.session import Side
 from controller.router._native import ffi
 from controller.router.connection import TAKE_LIMIT, Connection
-from controller.router.flow import Flow, Handoff
+from controller.router.flow import Handoff
 from controller.router.listen import accept
 from controller.router.loop import Loop
 from controller.router.stats import Stats
@@ -46,6 +49,17 @@ def _membership(networks: Sequence[Network]) -> Callable[[str], bool]:
         return any(ip in network for network in networks if network.version == ip.version)
 
     return contains
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """
+    Connections handed over, by route and hand-off, and those not yet; bytes, by direction as well.
+    """
+
+    active: Counter[tuple[str, str]]
+    pending: int
+    moved: Counter[tuple[str, str, str]]
 
 
 class Router:
@@ -149,7 +163,9 @@ class Router:
         """
         assert connection.route is not None  # noqa: S101 - it was handed over
         assert connection.backend is not None  # noqa: S101 - as above
-        self.transparency.connected(connection.client[0], connection.backend, connection.choice)
+        self.transparency.connected(
+            connection.client[0], connection.backend, connection.choice, connection.began
+        )
         self.stats.connected(connection.route.host, connection.connect_seconds)
 
     def ended(self, connection: Connection, reason: str) -> None:
@@ -200,12 +216,15 @@ class Router:
             connection.cut("drain_timeout")
         self.loop.stopping = True
 
-    def flows(self) -> list[tuple[str, Flow]]:
+    def traffic(self) -> Traffic:
         """
-        The connections that move bytes, each with its route; may be called from another thread.
+        Count connections and bytes, those that have ended and those under way.
         """
-        return [
-            (connection.route.host, connection.flow)
-            for connection in tuple(self.connections)
-            if connection.flow is not None and connection.route is not None
-        ]
+        moved, active = Counter(self.stats.bytes), Counter[tuple[str, str]]()
+        for connection in self.connections:
+            flow, route = connection.flow, connection.route
+            if flow is not None and route is not None:
+                active[route.host, flow.handoff] += 1
+                moved[route.host, "in", flow.handoff] += flow.bytes(Side.CLIENT)
+                moved[route.host, "out", flow.handoff] += flow.bytes(Side.BACKEND)
+        return Traffic(active, len(self.connections) - active.total(), moved)

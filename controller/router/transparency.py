@@ -3,11 +3,13 @@ The client's own address at the backend: whether a connection may be dialled fro
 
 What is possible by nature decides `core.clientip`; this adds what only time tells.  A backend's
 address that does not answer to a client's but to ours is remembered until the backend changes,
-unless it has answered to a client's before: then the fault is not its way back.
+unless it has answered to a client's before: then the fault is not its way back, and is remembered
+of the client.
 """
 
 import contextlib
-from collections import Counter
+import time
+from collections import Counter, OrderedDict
 from ipaddress import ip_network
 from typing import Final
 
@@ -21,6 +23,9 @@ from controller.router.probe import probe
 from controller.settings import ClientIp, RouterSettings
 
 log = structlog.get_logger()
+
+MAX_ASTRAY: Final = 4096
+"""Pairs of backend and client that are remembered; about 1 MB."""
 
 _OFF: Final = Choice(transparent=False, reason="off")
 _REQUIRED: Final = Choice(transparent=False, reason="off", refuse=True)
@@ -40,7 +45,9 @@ class Transparency:
         self._containers: frozenset[IPNetwork] = frozenset()
         self._no_reply: set[tuple[Backend, str]] = set()
         self._proven: set[tuple[Backend, str]] = set()
+        self._astray: OrderedDict[tuple[Backend, bytes], None] = OrderedDict()
         self._told: set[tuple[Backend, str]] = set()
+        self._worked_since = 0.0
         self.working = False
         self.reason = "off"
         self.connects: Counter[tuple[str, str]] = Counter()
@@ -86,7 +93,9 @@ class Transparency:
     def _say(self, ok: bool, reason: str) -> None:  # noqa: FBT001 - the callback of `Watch`
         # may run in the watch's thread: each step is a single assignment or call
         if ok and not self.working:
-            self._no_reply.clear()
+            self._no_reply = set()
+            self._astray = OrderedDict()
+            self._worked_since = time.monotonic()
         self.working = ok
         self.reason = reason
         (log.info if ok else log.warning)("transparency", working=ok, reason=reason)
@@ -114,15 +123,24 @@ class Transparency:
             working=self.working,
             containers=self._containers,
             detour=backend.detour,
-            learned=(backend, address) in self._no_reply,
+            learned=(backend, address) in self._no_reply or self._is_astray(backend, client),
         )
         if mode == ClientIp.AUTO and not choice.transparent:
             self._tell(backend, choice.reason)
         return choice
 
-    def connected(self, client: bytes, backend: Backend, choice: Choice) -> None:
+    def _is_astray(self, backend: Backend, client: bytes) -> bool:
+        astray, pair = self._astray, (backend, _site(client))
+        if pair not in astray:
+            return False
+        astray.move_to_end(pair)
+        return True
+
+    def connected(self, client: bytes, backend: Backend, choice: Choice, began: float) -> None:
         """
         Take note that *backend* accepted a connection for *client*, dialled as *choice* says.
+
+        *began* is when the client came: no reply to who came before the plumbing stood is no news.
         """
         tried = backend, backend.reached_from(ip_version(client))
         if choice.transparent:
@@ -130,8 +148,13 @@ class Transparency:
             self._proven.add(tried)
             return
         self.connects["nat", choice.reason] += 1
-        if choice is NO_REPLY and tried not in self._proven:
-            self._no_reply.add(tried)
+        if choice is NO_REPLY and began > self._worked_since:
+            if tried in self._proven:
+                self._astray[backend, _site(client)] = None
+                if len(self._astray) > MAX_ASTRAY:
+                    self._astray.popitem(last=False)
+            else:
+                self._no_reply.add(tried)
             self._tell(backend, choice.reason)
         if choice is NOT_THERE:
             self._tell(backend, choice.reason)
@@ -145,6 +168,8 @@ class Transparency:
             # a new backend's network may be new too, and a neighbour of it must be known as one
             with contextlib.suppress(PlumbingError):
                 self._watch.network = read_network()
+        # the way of a client's replies may have changed with the table, and hangs on no backend
+        self._astray.clear()
         kept = {backend for route in table.routes for backend in route.backends}
         for known in (self._no_reply, self._proven, self._told):
             known.difference_update([entry for entry in known if entry[0] not in kept])
@@ -153,6 +178,13 @@ class Transparency:
         if (backend, reason) not in self._told:
             self._told.add((backend, reason))
             log.info("client address not passed on", backend=backend.name, reason=reason)
+
+
+def _site(client: bytes) -> bytes:
+    """
+    Take of a packed address what one client can not change at will: all of IPv4, a /64 of IPv6.
+    """
+    return client[:8]
 
 
 NO_REPLY: Final = Choice(transparent=False, reason="no_reply")

@@ -13,9 +13,8 @@ import pytest
 from harness import fetch
 from harness.apps import RunApp
 from harness.engines import DOCKER, Daemon, Engine
-from harness.product import CAPABILITIES
 from harness.roots import import_root, trixie
-from harness.tools import REPOSITORY, HarnessError, wait_for
+from harness.tools import CAPABILITIES, REPOSITORY, HarnessError, wait_for
 
 IMAGE = "sniroute"
 BASE = "sniroute-test-base"

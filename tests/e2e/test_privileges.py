@@ -2,7 +2,8 @@
 What each of the two processes may do.
 """
 
-from harness.product import CAPABILITIES, Sniroute, privileges
+from harness.product import Sniroute, privileges
+from harness.tools import CAPABILITIES
 
 _BITS = {"net_bind_service": 10, "net_admin": 12, "perfmon": 38, "bpf": 39}
 """Numbers of capabilities (linux/capability.h)."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness.tools import VENV, HarnessError, wait_for
+from harness.tools import CAPABILITIES, VENV, HarnessError, limited, wait_for
 
 Address = tuple[str, int]
 
@@ -75,6 +75,8 @@ def router(
     """
     Run the product with *routes*, from host pattern to backend, until the block ends.
 
+    As root it gets exactly the capabilities that it documents.
+
     *keys* are further keys of each route; *address* is where it listens.
 
     Raises:
@@ -86,6 +88,7 @@ def router(
         control, log = folder / "router.sock", folder / "log"
         (folder / "routes.toml").write_text(_routes_file(routes, keys or {}))
         command = [
+            *limited(*CAPABILITIES),
             *(str(VENV / "bin" / "sniroute"), "run", "--engine", "none", "--drain", "1"),
             *("--client-ip", "off"),
             *("--routes", str(folder / "routes.toml"), "--control", str(control)),

@@ -25,12 +25,12 @@ SNIROUTE = str(VENV / "bin" / "sniroute")
 PATIENCE = 10.0
 
 
-def sniroute(*words: str) -> subprocess.CompletedProcess[str]:
+def sniroute(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """
     Run one command to its end.
     """
     return subprocess.run(
-        [SNIROUTE, *words], capture_output=True, text=True, timeout=60, check=False
+        [SNIROUTE, *words], capture_output=True, text=True, timeout=60, check=False, cwd=cwd
     )
 
 

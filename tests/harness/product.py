@@ -5,7 +5,6 @@ The product under test: `sniroute run` on an engine's machine, seen as its opera
 import contextlib
 import http.client
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,12 +16,10 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.engines import Engine
-from harness.tools import VENV, HarnessError, run, wait_for
+from harness.tools import CAPABILITIES, VENV, HarnessError, limited, run, wait_for
 
 SNIROUTE = VENV / "bin/sniroute"
 
-CAPABILITIES = ("bpf", "perfmon", "net_admin", "net_bind_service")
-"""All that the product is given."""
 HANDOFFS = ("sockmap", "relay")
 """Every hand-off, fastest first."""
 
@@ -41,13 +38,16 @@ class Sniroute:
         address, port = engine.front
         self._metrics = address, metrics_port
         command = [
-            *(str(SNIROUTE), "run", "--listen", f"{address}:{port}", "--control"),
+            *(
+                *limited(*CAPABILITIES),
+                str(SNIROUTE),
+                "run",
+                "--listen",
+                f"{address}:{port}",
+                "--control",
+            ),
             *(str(self._control), "--metrics", f"{address}:{metrics_port}", *flags),
         ]
-        if os.geteuid() == 0:
-            few = "-all," + ",".join(f"+{name}" for name in CAPABILITIES)
-            limit = ("setpriv", "--bounding-set", few, "--inh-caps=-all", "--ambient-caps=-all")
-            command = [*limit, *command]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 self._host.outside(*command), stdin=subprocess.DEVNULL, stdout=log, stderr=log

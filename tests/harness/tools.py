@@ -20,6 +20,9 @@ CACHE = REPOSITORY / ".cache"
 
 VENV = Path(sys.prefix)
 
+CAPABILITIES = ("bpf", "perfmon", "net_admin", "net_bind_service")
+"""All that the product is given."""
+
 T = TypeVar("T")
 
 
@@ -40,6 +43,18 @@ def find_program(name: str, package: str) -> str:
     if path is None:
         raise HarnessError(f"{name} not found: apt-get install {package}")
     return path
+
+
+def limited(*capabilities: str) -> list[str]:
+    """
+    Write a prefix for a command that gets at most *capabilities*, and can gain no others.
+
+    Who is not root has none to lose, and gets an empty prefix.
+    """
+    if os.geteuid():
+        return []
+    few = ",".join(["-all", *(f"+{name}" for name in capabilities)])
+    return ["setpriv", "--bounding-set", few, "--inh-caps=-all", "--ambient-caps=-all"]
 
 
 def run(*command: str | Path, timeout: float = 60, env: dict[str, str] | None = None) -> str:

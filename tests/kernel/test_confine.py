@@ -16,17 +16,26 @@ from harness.transfer_promises import router_pid
 FILTER: Final = "2"
 """SECCOMP_MODE_FILTER, as /proc writes it."""
 
-BEGIN: Final = "import os, socket, threading; from controller.router._native import lib\n"
+BEGIN: Final = """
+import ctypes, os, socket, threading
+from controller.router._native import lib
+libc = ctypes.CDLL(None, use_errno=True)
+def call(function, *words):
+    if function(*words) < 0:
+        raise OSError(ctypes.get_errno(), function.__name__)
+"""
 
 CONFINE: Final = "assert lib.confine() == 0\n"
 
 
-def python(program: str) -> str:
+def python(program: str, folder: Path | None = None) -> str:
     """
-    Run *program*; return the last line of what it said on standard error.
+    Run *program* in *folder*; return the last line of what it said on standard error.
     """
     command = [sys.executable, "-c", BEGIN + program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=30, check=False, cwd=folder
+    )
     return done.stderr.strip().rpartition("\n")[2]
 
 
@@ -36,14 +45,72 @@ def python(program: str) -> str:
         "socket.socket(socket.AF_UNIX)",
         "os.execv('/bin/true', ['true'])",
         "os.execve(os.open('/bin/true', os.O_RDONLY), ['true'], {})",
+        "os.pidfd_open(os.getpid())",
+        "call(libc.process_vm_readv, os.getpid(), None, 0, None, 0, 0)",
+        "open('/proc/self/mem', 'r+b')",
+        "open('there', 'a')",
+        "open('there', 'r+')",
+        "os.open('there', os.O_RDONLY | os.O_TRUNC)",
+        "os.open('new', os.O_RDONLY | os.O_CREAT)",
+        "os.truncate('there', 0)",
+        "os.rename('there', 'new')",
+        "os.link('there', 'new')",
+        "os.symlink('there', 'new')",
+        "os.mkdir('new')",
+        "os.mkfifo('new')",
+        "os.chmod('there', 0o4755)",
+        "os.chown('there', 0, 0)",
     ],
 )
-def test_what_is_refused(deed: str) -> None:
+def test_what_is_refused(deed: str, tmp_path: Path) -> None:
     """
     It works before and fails with EPERM after.
     """
-    assert python(deed) == ""
-    assert "PermissionError" in python(CONFINE + deed)
+    (tmp_path / "there").write_text("data")
+    after = python(CONFINE + deed, tmp_path)
+
+    assert (tmp_path / "there").read_text() == "data"
+    assert [tmp_path / "there"] == list(tmp_path.iterdir())
+    assert "PermissionError" in after
+    assert python(deed, tmp_path) == ""
+
+
+def test_the_last_deeds_are_not_refused(tmp_path: Path) -> None:
+    """
+    Files can be read, and the control socket's name goes.
+    """
+    (tmp_path / "there").write_text("data")
+
+    assert python(CONFINE + "open('there').read(); os.unlink('there')", tmp_path) == ""
+    assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("shut", "result"), [("", ""), ("privilege.shut()", "PermissionError")])
+def test_the_controller_is_out_of_reach(shut: str, result: str) -> None:
+    """
+    A process with the router's privileges can not take a descriptor of one that is shut.
+
+    It can of one that is not: both have the same user, and neither a capability.
+    """
+    program = f"""
+from controller import privilege
+ready, go = os.pipe()
+pid = os.fork()
+privilege.drop_to(())
+if not pid:
+    {shut or "pass"}
+    os.write(go, b"x")
+    import signal; signal.pause()
+os.read(ready, 1)
+try:
+    # pidfd_getfd has no name in Python and no wrapper in older C libraries
+    call(libc.syscall, 438, os.pidfd_open(pid), 0, 0)
+finally:
+    os.kill(pid, 9)
+"""
+
+    assert result in python(program)
+    assert bool(result) == bool(python(program))
 
 
 def test_threads_that_run_already_are_confined_too() -> None:

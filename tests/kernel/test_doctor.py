@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from harness.machines import Machine
-from harness.product import CAPABILITIES, SNIROUTE
-from harness.tools import VENV, HarnessError, run, wait_for
+from harness.product import SNIROUTE
+from harness.tools import CAPABILITIES, VENV, HarnessError, limited, run, wait_for
 
 STATUS = {"fine": 0, "degraded": 1, "broken": 2}
 
@@ -52,11 +52,6 @@ def flags(tmp_path: Path) -> list[str]:
     """
     control = str(tmp_path / "router.sock")
     return ["--engine", "none", "--routes", str(tmp_path / "routes.toml"), "--control", control]
-
-
-def limited(*capabilities: str) -> list[str]:
-    few = "-all," + ",".join(f"+{name}" for name in capabilities)
-    return ["setpriv", "--bounding-set", few, "--inh-caps=-all", "--ambient-caps=-all"]
 
 
 ALLOWED = limited(*CAPABILITIES)

@@ -31,8 +31,7 @@ from harness.ends import (
 )
 from harness.loopback import LOOPBACK, Product
 from harness.operate import SNIROUTE, LoneRouter, access_lines, ask, lone_router, sniroute, table
-from harness.product import CAPABILITIES
-from harness.tools import find_program, wait_for
+from harness.tools import CAPABILITIES, find_program, limited, wait_for
 
 from bpfprog import MAX_CONNECTIONS, Splice
 from controller.core.session import Side
@@ -57,14 +56,6 @@ REFUSALS = "sniroute_handoff_refusals_total"
 def backend() -> Iterator[Backend]:
     with Backend() as backend:
         yield backend
-
-
-def limited(*capabilities: str) -> list[str]:
-    """
-    Write a prefix for a command that gets at most *capabilities*.
-    """
-    few = ",".join(["-all", *(f"+{name}" for name in capabilities)])
-    return ["setpriv", f"--bounding-set={few}", "--inh-caps=-all", "--ambient-caps=-all"]
 
 
 @pytest.fixture

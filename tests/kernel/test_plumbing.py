@@ -18,8 +18,7 @@ from pathlib import Path
 import pyprctl
 import pytest
 from harness.machines import Machine, join
-from harness.product import CAPABILITIES
-from harness.tools import REPOSITORY, wait_for
+from harness.tools import CAPABILITIES, REPOSITORY, wait_for
 
 from controller.core.clientip import MARK, MASK, PRIORITY, TABLE
 from controller.router.plumbing import Plumbing, PlumbingError, Watch, ip_versions, read_network

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import psutil
 from harness.machines import Machine
-from harness.product import CAPABILITIES
-from harness.tools import REPOSITORY, run, wait_for
+from harness.tools import CAPABILITIES, REPOSITORY, limited, run, wait_for
 
 from controller.router.probe import ProbeResult, probe
 
@@ -45,15 +44,6 @@ time.sleep(600)
 PROVEN = ProbeResult(ok=True, reason="proven for IPv4 and IPv6")
 
 
-def limited(*command: str) -> list[str]:
-    """
-    Write *command* with the product's capabilities, and none to gain.
-    """
-    few = "-all," + ",".join(f"+{name}" for name in CAPABILITIES)
-    bounds = ("--bounding-set", few, "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs")
-    return ["setpriv", *bounds, *command]
-
-
 def answer(*command: str) -> ProbeResult:
     return ProbeResult(**json.loads(run(*command)))
 
@@ -74,7 +64,7 @@ def test_the_products_capabilities_are_enough() -> None:
     """
     A user namespace stands in for CAP_SYS_ADMIN, which the product does not have.
     """
-    assert PROVEN == answer(*limited(*PROBE))
+    assert PROVEN == answer(*limited(*CAPABILITIES), "--no-new-privs", *PROBE)
 
 
 def test_our_own_network_is_left_alone(tmp_path: Path) -> None:

@@ -4,19 +4,21 @@ The router's control socket: what is wrong is refused, and the table stays.
 
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from harness.ends import NAME, Backend, connection, read_exactly
+from harness.ends import NAME, PATIENCE, Backend, connection, read_exactly
 from harness.operate import (
     LoneRouter,
     Talk,
     alive,
     ask,
     free_addresses,
+    log_lines,
     lone_router,
     served,
     sniroute,
@@ -25,6 +27,7 @@ from harness.operate import (
 from harness.tools import wait_for
 
 from controller.core.wire import MAX_GENERATION, MAX_LINE, VERSION, encode
+from controller.router.router import ACCEPT_PAUSE
 
 ADDRESS = ("198.51.100.2", 443)
 ROUTES = {NAME: [ADDRESS]}
@@ -329,3 +332,77 @@ def test_drain_is_a_message_too(tmp_path: Path) -> None:
             assert alive(psutil.Process(router.process.pid))
 
         assert router.process.wait(10) == 0
+
+
+def test_drain_is_answered_by_a_router_that_ends_at_once(tmp_path: Path) -> None:
+    """
+    Without connections the end comes with the answer, not before it.
+    """
+    with LoneRouter(tmp_path, "--handoff", "relay") as router, Talk(router.control) as talk:
+        answer = talk.ask({"type": "drain"})
+
+        assert {"type": "drain"} == answer
+        assert router.process.wait(10) == 0
+        assert not router.control.exists()
+
+
+def test_a_large_table_holds_nobody_up(tmp_path: Path) -> None:
+    """
+    While a table is read, which takes a while, connections go on.
+    """
+    large = table(2, {f"host-{n}.example.com": [ADDRESS] for n in range(30_000)})
+    with (
+        Backend() as backend,
+        lone_router(tmp_path, "--handoff", "relay") as router,
+        Talk(router.control) as talk,
+    ):
+        ask(router.control, table(1, {NAME: [backend.address]}))
+        with connection(router.listen, backend) as (client, end):
+            talk.socket.sendall(encode(large))
+            talk.socket.setblocking(False)
+            echoes = 0
+            while not heard(talk):
+                client.sendall(b"x")
+                read_exactly(end, 1)
+                echoes += 1
+
+    assert echoes > 50
+
+
+def heard(talk: Talk) -> bool:
+    try:
+        return bool(talk.socket.recv(1024))
+    except BlockingIOError:
+        return False
+
+
+def test_without_descriptors_the_router_waits(tmp_path: Path) -> None:
+    """
+    Who can not be accepted, for control or metrics, costs no time, and is when that is possible.
+    """
+    with lone_router(tmp_path, "--handoff", "relay") as router:
+        ask(router.control, table(1, {}))
+        process = psutil.Process(router.process.pid)
+        limits = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds(), limits[1]))
+        before, start = sum(process.cpu_times()[:2]), time.monotonic()
+        with (
+            Talk(router.control) as talk,
+            socket.create_connection(router.metrics, PATIENCE) as scraper,
+        ):
+            wait_for("some tries", lambda: len(refusals(router)) > 4)
+            tries, seconds = len(refusals(router)), time.monotonic() - start
+            spent = sum(process.cpu_times()[:2]) - before
+            process.rlimit(psutil.RLIMIT_NOFILE, limits)
+            status = talk.ask(STATUS)
+            scraper.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+
+            assert status is not None
+            assert scraper.recv(1024).startswith(b"HTTP/1.0 200")
+        assert tries <= seconds / ACCEPT_PAUSE + 1
+        assert spent < seconds / 2
+
+
+def refusals(router: LoneRouter) -> list[dict[str, Any]]:
+    event = "control connection not accepted"
+    return [line for line in log_lines(router.log) if line["event"] == event]

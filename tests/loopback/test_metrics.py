@@ -27,6 +27,7 @@ from harness.tools import REPOSITORY, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
 from controller.core.wire import encode
+from controller.router.metrics import MAX_SCRAPERS
 
 ROW = re.compile(r"\| `(sniroute_\w+)` \| \w+ \| (.*?) ?\| ")
 """A metric in the README's table: its name, its kind, its labels."""
@@ -320,6 +321,24 @@ def test_counts_survive_a_route_that_comes_back(product: Product, backend: Backe
     ask(product.control, table(4, {}), table(5, {NAME: [backend.address]}))
 
     assert before == samples(product, "sniroute_connections", "sniroute_forward_bytes")
+
+
+def test_scrapers_are_so_many_at_once(product: Product) -> None:
+    """
+    One more than may be waits until another has gone, and takes neither thread nor descriptor.
+    """
+    idle = [socket.create_connection(product.metrics, PATIENCE) for _ in range(MAX_SCRAPERS)]
+    with socket.create_connection(product.metrics, PATIENCE) as late:
+        late.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        late.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            late.recv(1024)
+        late.settimeout(PATIENCE)
+        idle.pop().close()
+
+        assert late.recv(1024).startswith(b"HTTP/1.0 200")
+    for scraper in idle:
+        scraper.close()
 
 
 def test_off_serves_neither(tmp_path: Path) -> None:

@@ -118,6 +118,22 @@ def test_a_router_that_can_not_start_ends_all(tmp_path: Path, backend: Backend) 
     assert not [p for p in psutil.process_iter() if str(control) in environment(p)]
 
 
+@pytest.mark.parametrize("command", ["run", "router", "doctor"])
+def test_code_of_the_current_directory_is_not_run(command: str, tmp_path: Path) -> None:
+    """
+    Whoever may write where the command is given does not run as who gives it.
+    """
+    (tmp_path / "controller").mkdir()
+    (tmp_path / "controller/__init__.py").write_text("open('taken', 'w')")
+    engine = () if command == "router" else ("--engine", "none")
+
+    # neither runs on: the address to listen on is none
+    done = sniroute(command, *engine, "--listen", "443", "--control", "sock", cwd=tmp_path)
+
+    assert done.returncode
+    assert not (tmp_path / "taken").exists()
+
+
 def environment(process: psutil.Process) -> str:
     try:
         return process.environ().get("SNIROUTE_CONTROL", "")

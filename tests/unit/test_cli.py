@@ -111,7 +111,7 @@ def test_one_process_alone_gets_its_settings(
     for name in kind.model_fields:
         monkeypatch.setenv(f"SNIROUTE_{name.upper()}", environment[f"SNIROUTE_{name.upper()}"])
 
-    assert ["-m", module] == argv
+    assert ["-P", "-m", module] == argv
     assert kind(**wanted) == kind()
 
 
@@ -137,6 +137,7 @@ def test_help_tells_every_flag(command: str) -> None:
         ("drain", "inf", "1000000"),
         ("backlog_limit", "much", "byte"),
         ("listen", ",", "at least 1"),
+        ("engine", "dokcer", "'dokcer': neither auto nor none"),
     ],
 )
 @pytest.mark.parametrize("source", ["flag", "environment"])
@@ -158,6 +159,16 @@ def test_a_bad_value_is_told_by_its_flag(
     assert result.exit_code == 2
     assert line.startswith(f"sniroute: {flag(name)}: ")
     assert says in line
+
+
+def test_check_refuses_a_bad_engine_too() -> None:
+    """
+    A mistyped engine is no traceback of `check`, and nothing is looked at.
+    """
+    result = sniroute("check", "--engine", "dokcer")
+
+    assert (2, "") == (result.exit_code, result.stdout)
+    assert result.stderr.startswith("sniroute: --engine: 'dokcer'")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ The documents tell what the code does: their tables are compared with it.
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,11 @@ def test_metrics(router: Router, tmp_path: Path) -> None:
     control = Control(router, tmp_path / "router.sock", "0")
     collector = RouterCollector(router, control, "0")
 
+    loop = threading.Thread(target=router.loop.run)
+    loop.start()
     expected = [exposed(metric) for metric in collector.collect()]
+    router.loop.ask(router.drain)
+    loop.join()
     control.close()
 
     assert expected == table("Metrics")

@@ -6,8 +6,11 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -252,3 +255,67 @@ def test_a_fault_costs_only_who_met_it(loop: Loop) -> None:
 
     assert ["internal_error"] == by_event.ends == by_timer.ends
     assert loop.faults == 2
+
+
+def test_a_fault_behind_a_partial_finds_its_owner(loop: Loop) -> None:
+    """
+    Whose method it is counts, also where the call has arguments of its own.
+    """
+    faulty = Faulty()
+    loop.soon(partial(faulty.fail, 1))
+    loop.turn(0)
+
+    assert ["internal_error"] == faulty.ends
+
+
+def test_a_fault_at_the_end_of_a_round_is_no_end_of_the_loop(loop: Loop) -> None:
+    """
+    What else waits for the end of a round is called nevertheless.
+    """
+    calls: list[str] = []
+    loop.round_ends += [Faulty().fail, lambda: calls.append("other")]
+    loop.turn(0)
+
+    assert (["other"], 1) == (calls, loop.faults)
+
+
+# --- other threads ---
+
+
+@pytest.fixture
+def asker() -> Iterator[ThreadPoolExecutor]:
+    """
+    Another thread.
+    """
+    with ThreadPoolExecutor(1) as asker:
+        yield asker
+
+
+def test_another_thread_is_answered_in_the_loop(loop: Loop, asker: ThreadPoolExecutor) -> None:
+    """
+    The loop wakes for a question, and answers it in its own thread.
+    """
+    answer = asker.submit(loop.ask, threading.get_ident)
+    loop.turn(10)
+
+    assert threading.get_ident() == answer.result(10)
+
+
+def test_a_question_that_fails_is_the_askers(loop: Loop, asker: ThreadPoolExecutor) -> None:
+    """
+    The error of a question is raised where it was asked, and is no fault of the loop.
+    """
+    answer = asker.submit(loop.ask, Faulty().fail)
+    loop.turn(10)
+
+    with pytest.raises(ZeroDivisionError):
+        answer.result(10)
+    assert loop.faults == 0
+
+
+def test_a_loop_that_does_not_turn_is_told_of_in_time(loop: Loop) -> None:
+    """
+    Whoever asks waits no longer than it says.
+    """
+    with pytest.raises(TimeoutError):
+        loop.ask(threading.get_ident, 0.01)

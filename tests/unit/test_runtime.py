@@ -62,14 +62,6 @@ def test_environment_adds_engines_to_auto() -> None:
     assert [] == names("none", **environ)
 
 
-def test_engine_that_is_no_url_is_refused() -> None:
-    """
-    A mistyped engine is an error at start.
-    """
-    with pytest.raises(ValueError, match="not a URL"):
-        names("dokcer")
-
-
 @pytest.mark.parametrize(
     ("address", "length", "local"),
     [

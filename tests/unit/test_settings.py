@@ -89,7 +89,7 @@ def test_each_field_comes_back_alone(name: str, monkeypatch: pytest.MonkeyPatch)
 )
 @pytest.mark.parametrize(
     "value",
-    ["a, b", ["a", "b"], ["a,b"], ("a", "b,")],
+    ["/a, /b", ["/a", "/b"], ["/a,/b"], ("/a", "/b,")],
     ids=["commas", "repeated", "commas in a flag", "both"],
 )
 def test_a_list_is_repeated_or_comma_separated(
@@ -98,7 +98,7 @@ def test_a_list_is_repeated_or_comma_separated(
     """
     Both ways to write a list mean the same, together too.
     """
-    assert getattr(settings(**{name: value}), name) == ("a", "b")
+    assert getattr(settings(**{name: value}), name) == ("/a", "/b")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,19 @@ def test_a_bad_value_is_refused_by_name(name: str, value: object) -> None:
         RunSettings(**{name: value})
 
     assert [(name,)] == [error["loc"] for error in refused.value.errors()]
+
+
+@pytest.mark.parametrize("engine", ["dokcer", "ssh://192.0.2.1/x", "run/docker.sock", "AUTO"])
+def test_an_engine_that_is_none_is_refused(engine: str) -> None:
+    """
+    A mistyped engine is an error that quotes it, also beside a good one.
+    """
+    with pytest.raises(ValidationError) as refused:
+        RunSettings(engine=f"auto,{engine}")
+
+    (error,) = refused.value.errors()
+    assert error["loc"] == ("engine",)
+    assert error["msg"].startswith(repr(engine))
 
 
 def test_sizes_may_have_units() -> None:

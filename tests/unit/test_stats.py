@@ -2,13 +2,23 @@
 Counting: histograms as Prometheus reads them, and routes that are forgotten.
 """
 
+import threading
+from functools import partial
+from pathlib import Path
+
 import pytest
 
 from controller.core.routes import Backend, Route
 from controller.core.session import Session
 from controller.router.connection import Connection, Hello
+from controller.router.control import Control
 from controller.router.flow import Flow
+from controller.router.loop import Loop
+from controller.router.metrics import RouterCollector
+from controller.router.relay import RelayHandoff
+from controller.router.router import Router
 from controller.router.stats import NO_ROUTE, Histogram, Stats
+from controller.settings import RouterSettings
 
 ROUTE = Route("app.example.com", (Backend("app", "docker", "198.51.100.2", 443),))
 
@@ -26,6 +36,20 @@ class StillFlow(Flow):
 
     def bytes(self, side: int) -> int:  # noqa: D102 - as the base class's
         return (3, 5)[side]
+
+
+class WatchedFlow(StillFlow):
+    """
+    A flow under way, which takes note of the threads that read it.
+    """
+
+    def __init__(self) -> None:
+        self.session = Session()
+        self.readers: set[int] = set()
+
+    def bytes(self, side: int) -> int:  # noqa: D102 - as the base class's
+        self.readers.add(threading.get_ident())
+        return super().bytes(side)
 
 
 def ended_connection(result: str, route: Route | None, flow: Flow | None) -> Connection:
@@ -107,3 +131,31 @@ def test_routes_that_are_no_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
     counters = (stats.connections, stats.bytes, stats.connect_errors)
     assert [kept] * 3 == [{key[0] for key in counter} for counter in counters]
     assert kept == set(stats.connect_seconds)
+
+
+def test_a_scrape_reads_between_two_handlers(tmp_path: Path) -> None:
+    """
+    All bytes are read in the loop's thread, so no flow ends between those counted and those moving.
+    """
+    router = Router(RouterSettings(), Loop(), 8)
+    router.ladder = [RelayHandoff(router.loop)]
+    flow = WatchedFlow()
+    router.connections.add(ended_connection("forwarded", ROUTE, flow))
+    router.stats.ended(ended_connection("forwarded", ROUTE, StillFlow()))
+    control = Control(router, tmp_path / "router.sock", "0")
+    collector = RouterCollector(router, control, "0")
+    loop = threading.Thread(target=router.loop.run)
+    loop.start()
+    samples = [
+        (sample.name, sample.labels.get("direction"), sample.value)
+        for family in collector.collect()
+        for sample in family.samples
+        if family.name == "sniroute_forward_bytes"
+    ]
+    router.loop.ask(partial(setattr, router.loop, "stopping", True))
+    loop.join()
+    control.close()
+
+    assert {loop.ident} == flow.readers
+    name = "sniroute_forward_bytes_total"
+    assert [(name, "in", 6), (name, "out", 10)] == samples
