@@ -20,10 +20,13 @@ from controller.router.sockmap import SockmapHandoff
 SOURCE = REPOSITORY / "bpfprog"
 LIMIT = 1024 * 1024
 
-NO_DROP = ("\tif (!len)\n\t\treturn SK_DROP;\n", "")
+NO_DROP = [
+    ("\tif (!skb->len)\n\t\treturn SK_DROP;\n", ""),
+    ("\tif (len <= 0)\n\t\treturn SK_DROP;\n", ""),
+]
 NO_LIMIT = ("\tif (queued + len > limit)\n\t\treturn pass(count, done, slot, len);\n", "")
 NO_ROOM = (
-    "\tif (room < (int)(queued + len))\n\t\treturn pass(count, done, slot, len);\n",
+    "\tif (room < (int)queued + len)\n\t\treturn pass(count, done, slot, len);\n",
     "",
 )
 REDIRECT = "\treturn bpf_sk_redirect_hash(skb, &sockets, &peer, 0);\n"
@@ -92,7 +95,7 @@ def test_the_relay_passes() -> None:
     [
         ([NO_LIMIT, NO_ROOM], "bound: "),
         ([(BEGIN, BEGIN + "\treturn SK_DROP;\n")], "kick: "),
-        ([NO_DROP], "half-close: "),
+        (NO_DROP, "half-close: "),
         ([(REDIRECT, "\treturn SK_DROP;\n")], "kick: "),
         # the first segment goes, the later ones are lost
         (
