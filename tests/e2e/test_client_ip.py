@@ -11,7 +11,7 @@ import pytest
 from docker.types import IPAMConfig, IPAMPool
 from harness import fetch
 from harness.engines import Daemon, Engine
-from harness.lab import access_line
+from harness.lab import LATE, PROMPT, access_line
 from harness.machines import CLIENT_ADDRESS, Here
 from harness.product import Sniroute, privileges
 from harness.tools import wait_for
@@ -23,9 +23,6 @@ CLIENT6 = "2001:db8:0:9::2"
 FRONT6 = "2001:db8:0:9::1"
 
 NET_ADMIN = 1 << 12
-
-PROMPT = 0.9
-"""Seconds in which a page is fetched when nothing is waited for."""
 
 RunWitness = Callable[..., Witness]
 
@@ -87,7 +84,8 @@ def sniroute(engine: Engine, networks: Networks) -> Iterator[Sniroute]:  # noqa:
     """
     The product on the engine's machine, reached by IPv6 too.
     """
-    with Sniroute(engine, "--engine", engine.url, "--listen", f"[{FRONT6}]:443") as sniroute:
+    flags = ("--listen", f"[{FRONT6}]:443", "--transparent-timeout", str(LATE))
+    with Sniroute(engine, "--engine", engine.url, *flags) as sniroute:
         yield sniroute
 
 

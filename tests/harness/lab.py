@@ -33,6 +33,12 @@ ANYWHERE = 8443
 
 PATIENCE = 10.0
 
+LATE = 3.0
+"""Seconds that a client may wait because its address did not work: `--transparent-timeout`."""
+
+PROMPT = 2.5
+"""Seconds in which a connection is answered when nothing is waited for."""
+
 
 def gateway(version: int, bridge: int = 1) -> str:
     """
@@ -206,7 +212,9 @@ class Lab:
         file.write_text(routes)
         listen = ("--listen", f"[{FRONT[6]}]:443", "--listen", f":{ANYWHERE}")
         options = ("--engine", "none", "--routes", str(file), "--drain", "1")
-        sniroute = Sniroute(self, *listen, *options, *flags)
+        # longer than a busy machine takes for a prompt answer, so that the two can be told apart
+        patience = ("--transparent-timeout", str(LATE))
+        sniroute = Sniroute(self, *listen, *patience, *options, *flags)
         wait_for("routes", sniroute.routes)
         return sniroute
 

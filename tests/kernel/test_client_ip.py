@@ -15,6 +15,8 @@ from harness.lab import (
     CLIENT,
     EDGE,
     FRONT,
+    LATE,
+    PROMPT,
     Answer,
     Container,
     Lab,
@@ -36,12 +38,6 @@ NET_ADMIN = 1 << 12
 
 APPS = [(4, "app.test"), (6, "app6.test")]
 """The IP version of each host's backend."""
-
-LATE = 1.0
-"""Seconds that a client may wait because its address did not work: `--transparent-timeout`."""
-
-PROMPT = 0.9
-"""Seconds in which a connection is answered when nothing is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
