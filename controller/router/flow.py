@@ -106,6 +106,24 @@ class Flow:
         self.session = Session()
         self._over = over
 
+    def on_client(self, events: int) -> None:
+        """
+        Hear of the client's socket.
+        """
+        self.on(Side.CLIENT, events)
+
+    def on_backend(self, events: int) -> None:
+        """
+        Hear of the backend's socket.
+        """
+        self.on(Side.BACKEND, events)
+
+    def on(self, side: Side, events: int) -> None:
+        """
+        Act on *events* of the socket of *side*.
+        """
+        raise NotImplementedError
+
     def bytes(self, side: Side) -> int:
         """
         Count the bytes that came from *side* and were moved on.

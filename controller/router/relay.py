@@ -75,19 +75,10 @@ class RelayFlow(Flow):
         lib.kick(client)
         lib.watch_pair(self.loop.epoll_fd, client, backend, MOVES)
 
-    def on_client(self, events: int) -> None:
+    def on(self, side: Side, events: int) -> None:
         """
-        Hear of the client's socket.
+        Act on *events* of the socket of *side*.
         """
-        self._on(Side.CLIENT, events)
-
-    def on_backend(self, events: int) -> None:
-        """
-        Hear of the backend's socket.
-        """
-        self._on(Side.BACKEND, events)
-
-    def _on(self, side: Side, events: int) -> None:
         if events & select.EPOLLERR:
             self.failed(side, lib.socket_error(self.fds[side]))
             return
