@@ -110,17 +110,32 @@ class Flow:
         """
         Hear of the client's socket.
         """
-        self.on(Side.CLIENT, events)
+        self._hear(Side.CLIENT, events)
 
     def on_backend(self, events: int) -> None:
         """
         Hear of the backend's socket.
         """
-        self.on(Side.BACKEND, events)
+        self._hear(Side.BACKEND, events)
+
+    def _hear(self, side: Side, events: int) -> None:
+        if events & select.EPOLLERR:
+            self.failed(side, lib.socket_error(self.fds[side]))
+        else:
+            self.on(side, events)
+
+    def watch(self, events: int) -> None:
+        """
+        Hear of *events* of both sockets; of what holds already too.
+        """
+        client, backend = self.fds
+        self.loop.handlers[client] = self.on_client
+        self.loop.handlers[backend] = self.on_backend
+        lib.watch_pair(self.loop.epoll_fd, client, backend, events)
 
     def on(self, side: Side, events: int) -> None:
         """
-        Act on *events* of the socket of *side*.
+        Act on *events* of the socket of *side*, which has met no error.
         """
         raise NotImplementedError
 

@@ -69,19 +69,13 @@ class RelayFlow(Flow):
         """
         Listen to both sockets; what they have queued is an event already.
         """
-        client, backend = self.fds
-        self.loop.handlers[client] = self.on_client
-        self.loop.handlers[backend] = self.on_backend
-        lib.kick(client)
-        lib.watch_pair(self.loop.epoll_fd, client, backend, MOVES)
+        lib.kick(self.fds[Side.CLIENT])
+        self.watch(MOVES)
 
     def on(self, side: Side, events: int) -> None:
         """
         Act on *events* of the socket of *side*.
         """
-        if events & select.EPOLLERR:
-            self.failed(side, lib.socket_error(self.fds[side]))
-            return
         if events & (select.EPOLLIN | select.EPOLLRDHUP):
             self._pump(side)
         if events & select.EPOLLOUT:

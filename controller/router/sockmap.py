@@ -149,21 +149,14 @@ class SockmapFlow(Flow):
         """
         Listen for the ends, then have the kernel look at what is queued: the hello goes first.
         """
-        client, backend = self.fds
-        handlers = self.loop.handlers
-        handlers[backend] = self.on_backend
-        handlers[client] = self.on_client
-        lib.watch_pair(self.loop.epoll_fd, client, backend, ENDED)
-        lib.kick(client)
-        lib.kick(backend)
+        self.watch(ENDED)
+        for fd in self.fds:
+            lib.kick(fd)
 
     def on(self, side: Side, events: int) -> None:
         """
         Act on *events* of the socket of *side*.
         """
-        if events & select.EPOLLERR:
-            self.failed(side, lib.socket_error(self.fds[side]))
-            return
         if events & (select.EPOLLRDHUP | select.EPOLLHUP):
             self.run(self.session.ended(side))
         if events & select.EPOLLOUT and not self.session.over:
