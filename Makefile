@@ -47,15 +47,18 @@ help: ## Show this list
 # --- build ---
 
 .PHONY: bpf dev
-bpf: bpfprog/splice.bpf.o ## Compile the BPF program
+bpf: bpfprog/splice.bpf.o bpfprog/packet.bpf.o ## Compile the BPF programs
 
-bpfprog/splice.bpf.o: bpfprog/splice.bpf.c bpfprog/abi.h
+bpfprog/splice.bpf.o: bpfprog/abi.h
+bpfprog/packet.bpf.o: bpfprog/packet.h
+
+bpfprog/%.bpf.o: bpfprog/%.bpf.c
 	$(CLANG) -O2 -g -Wall -Werror -mcpu=v3 -target bpf \
 		-I/usr/include/$$($(CC) -print-multiarch) -c $< -o $@
 
 dev: $(VENV)/.dev ## Build everything into .venv
 
-$(VENV)/.dev: $(NATIVE) bpfprog/splice.bpf.c
+$(VENV)/.dev: $(NATIVE)
 	command -v dpkg-query >/dev/null && { $(call packages,$(BUILD_PACKAGES)); }
 	$(MAKE) --no-print-directory bpf
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)

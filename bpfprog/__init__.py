@@ -1,7 +1,39 @@
 """
-Everything that knows BPF: the program, the header that it shares with user space, the loader.
+Everything that knows BPF: the programs, the headers that they share with user space, the loaders.
 """
 
+from bpfprog.packet import ABI as PACKET_ABI
+from bpfprog.packet import (
+    MAX_FLOWS,
+    MAX_NOTE,
+    MAX_OWNERS,
+    QUARANTINE,
+    Declined,
+    Event,
+    Kind,
+    Packet,
+    State,
+    sequence_numbers,
+    silence,
+)
 from bpfprog.splice import CAPABILITIES, MAX_CONNECTIONS, STAND_IN, KernelError, Splice
 
-__all__ = ["CAPABILITIES", "MAX_CONNECTIONS", "STAND_IN", "KernelError", "Splice"]
+__all__ = [
+    "CAPABILITIES",
+    "MAX_CONNECTIONS",
+    "MAX_FLOWS",
+    "MAX_NOTE",
+    "MAX_OWNERS",
+    "PACKET_ABI",
+    "QUARANTINE",
+    "STAND_IN",
+    "Declined",
+    "Event",
+    "KernelError",
+    "Kind",
+    "Packet",
+    "Splice",
+    "State",
+    "sequence_numbers",
+    "silence",
+]

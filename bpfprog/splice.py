@@ -70,7 +70,7 @@ class Splice:
         lib.splice_log_start()
         self._object = lib.bpf_object__open_file(os.fsencode(path), ffi.NULL)
         if self._object == ffi.NULL:
-            raise _error(ffi.errno, f"open {path.name}")
+            raise error(ffi.errno, f"open {path.name}")
         try:
             self._load()
         except BaseException:
@@ -78,7 +78,7 @@ class Splice:
             raise
 
     def _load(self) -> None:
-        _check(lib.bpf_object__load(self._object), "load the BPF program")
+        check(lib.bpf_object__load(self._object), "load the BPF program")
         sockets, _ = self._map("sockets", "uint64_t")
         directions, _ = self._map("directions", "struct direction")
         _, counts = self._map("counts", "struct counts", lib.MAX_DIRECTIONS)
@@ -92,9 +92,9 @@ class Splice:
         self._cookies = ffi.new("uint64_t[2]")
         self._ring = lib.splice_ring(events)
         if self._ring == ffi.NULL:
-            raise _error(ffi.errno, "open the event ring")
+            raise error(ffi.errno, "open the event ring")
         program = lib.bpf_object__find_program_by_name(self._object, b"verdict")
-        _check(
+        check(
             lib.bpf_prog_attach(lib.bpf_program__fd(program), sockets, lib.ATTACH_VERDICT, 0),
             "attach the verdict program",
         )
@@ -116,7 +116,7 @@ class Splice:
             return fd, None
         address = lib.splice_map(fd, mapped * size)
         if address == ffi.NULL:
-            raise _error(ffi.errno, f"map {name!r}")
+            raise error(ffi.errno, f"map {name!r}")
         self._maps.append((address, mapped * size))
         return fd, ffi.cast(f"{value} *", address)
 
@@ -191,7 +191,7 @@ class Splice:
         Forget connections by their cookies; their sockets must be closed already.
         """
         keys = ffi.new("uint64_t[]", list(cookies))
-        _check(lib.splice_leave(self._splice, keys, len(keys)), "leave")
+        check(lib.splice_leave(self._splice, keys, len(keys)), "leave")
 
     def counts(self, direction: int) -> Counts:
         """
@@ -210,13 +210,22 @@ class Splice:
         )
 
 
-def _check(answer: int, what: str) -> None:
+def check(answer: int, what: str) -> None:
+    """
+    Take *answer* of libbpf.
+
+    Raises:
+        KernelError: it says that *what* is not possible.
+    """
     if answer < 0:
-        raise _error(-answer if answer != -1 else ffi.errno, what)
+        raise error(-answer if answer != -1 else ffi.errno, what)
 
 
-def _error(number: int, what: str) -> KernelError:
-    error = KernelError(number, f"{what}: {os.strerror(number)}")
+def error(number: int, what: str) -> KernelError:
+    """
+    Make an error of an errno, with what libbpf and the verifier have said.
+    """
+    made = KernelError(number, f"{what}: {os.strerror(number)}")
     if log := ffi.string(lib.splice_log()).decode(errors="replace").strip():
-        error.add_note(log)
-    return error
+        made.add_note(log)
+    return made

@@ -40,6 +40,7 @@ class HandoffChoice(StrEnum):
     """
 
     AUTO = "auto"
+    PACKET = "packet"
     SOCKMAP = "sockmap"
     RELAY = "relay"
 
@@ -152,6 +153,15 @@ class RouterSettings(CommonSettings):
         HandoffChoice.AUTO,
         description="How bytes move after the hello: sockmap (in the kernel), relay (in user "
         "space), or auto: the best that passes the self-test at start.",
+    )
+    bpffs: Path = Field(
+        Path("/sys/fs/bpf"),
+        description="The bpf filesystem where the packet hand-off keeps what outlives the router.",
+    )
+    packet_idle: Seconds = Field(
+        7500,
+        description="Seconds of silence after which a connection handed over as packets is reset: "
+        "2 h 5 min, longer than TCP's own keepalive asks.",
     )
     hello_timeout: Seconds = Field(
         5,

@@ -2,32 +2,39 @@
 The router process: take what privileges it needs, prove the hand-offs, serve, and drain.
 """
 
+import hashlib
 import os
 import resource
 import select
 import signal
+import socket
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 import structlog
 from pydantic import ValidationError
 
-from bpfprog import CAPABILITIES, STAND_IN, KernelError, Splice
+from bpfprog import CAPABILITIES, PACKET_ABI, STAND_IN, KernelError, Packet, Splice
 from controller import log, privilege
 from controller.router._native import lib
 from controller.router.control import Control
+from controller.router.devices import Devices
 from controller.router.flow import Handoff
 from controller.router.listen import bind_listener
 from controller.router.loop import Loop
 from controller.router.metrics import serve
+from controller.router.packet import PacketHandoff
 from controller.router.relay import RelayHandoff
 from controller.router.router import Router
-from controller.router.selftest import SelfTestFailed, prove
+from controller.router.selftest import SelfTestFailed, prove, prove_packet
 from controller.router.sockmap import SockmapHandoff
 from controller.settings import ClientIp, HandoffChoice, RouterSettings
 
 BIND: Final = "NET_BIND_SERVICE"
+
+SO_NETNS_COOKIE: Final = 71
 
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for all that is no connection: listeners, BPF, control, metrics, logs."""
@@ -69,10 +76,11 @@ def _serve(settings: RouterSettings) -> None:
     router = Router(settings, loop, _max_connections(settings))
     listeners = [bind_listener(address, settings.receive_buffer) for address in settings.listen]
     splice, refusal = _load(settings.handoff, capabilities)
+    packet, no_packet = _load_packet(settings)
     # loaded and bound: joining sockets needs no privilege, only a client's address does
     off = settings.client_ip == ClientIp.OFF
-    privilege.drop_to(() if off else ("NET_ADMIN",))
-    _choose(router, splice, refusal)
+    privilege.drop_to(() if off and packet is None else ("NET_ADMIN",))
+    _choose(router, splice, refusal, packet, no_packet)
     name = version("sniroute")
     control = Control(router, settings.control, name)
     if settings.metrics != "off":
@@ -80,6 +88,8 @@ def _serve(settings: RouterSettings) -> None:
     _drain_on_signal(router)
     try:
         router.transparency.start()
+        if router.devices is not None:
+            router.devices.start()
         if error := lib.confine():
             logger.warning("not confined", error=os.strerror(-error))
         router.listen(listeners)
@@ -95,6 +105,8 @@ def _serve(settings: RouterSettings) -> None:
         loop.run()
     finally:
         router.transparency.stop()
+        if router.devices is not None:
+            router.devices.stop()
         control.close()
     logger.info("router stopped")
 
@@ -128,22 +140,61 @@ def _load(choice: HandoffChoice, capabilities: frozenset[str]) -> tuple[Splice |
         return None, reason
 
 
-def _choose(router: Router, splice: Splice | None, refusal: str) -> None:
+def _load_packet(settings: RouterSettings) -> tuple[Packet | None, str]:
+    if settings.handoff not in (HandoffChoice.AUTO, HandoffChoice.PACKET):
+        return None, "not asked for"
+    try:
+        return Packet(_instance(settings), 0), ""
+    except KernelError as err:
+        note = "\n".join(getattr(err, "__notes__", ()))
+        logger.warning("packet programs refused", error=err.strerror, verifier=note[-4096:])
+        return None, str(err.strerror)
+
+
+def _instance(settings: RouterSettings) -> Path:
+    """
+    Where the pins of this router are, and those of whoever ran before it in its place.
+
+    Of its place: the network namespace, whose cookie is never another's, and the control socket.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        cookie = int.from_bytes(
+            probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder
+        )
+    place = hashlib.sha256(os.fsencode(settings.control)).hexdigest()[:16]
+    return settings.bpffs / "sniroute" / f"{PACKET_ABI}-{cookie:x}-{place}"
+
+
+def _choose(
+    router: Router, splice: Splice | None, refusal: str, packet: Packet | None, no_packet: str
+) -> None:
     """
     Build the ladder: the rungs that are allowed and proven, best first.
     """
-    choice, loop = router.settings.handoff, router.loop
+    settings, loop = router.settings, router.loop
     relay = RelayHandoff(loop)
     ladder: list[Handoff] = [relay]
     if splice is not None:
-        sockmap = SockmapHandoff(loop, splice, router.settings.backlog_limit)
+        sockmap = SockmapHandoff(loop, splice, settings.backlog_limit)
         try:
             prove(loop, sockmap)
             ladder.insert(0, sockmap)
         except SelfTestFailed as err:
             refusal = f"self-test: {err}"
             logger.warning("hand-off refused", handoff=sockmap.name, reason=refusal)
-    if choice == HandoffChoice.SOCKMAP and len(ladder) == 1:
+    if packet is not None:
+        handoff = PacketHandoff(loop, packet, settings.connect_timeout, settings.packet_idle)
+        try:
+            prove_packet(loop, handoff)
+            router.devices = Devices(packet.follow)
+            router.packet = handoff
+            ladder.insert(0, handoff)
+        except (SelfTestFailed, OSError) as err:
+            no_packet = f"self-test: {err}"
+            logger.warning("hand-off refused", handoff=handoff.name, reason=no_packet)
+    if settings.handoff == HandoffChoice.PACKET and router.packet is None:
+        raise NotPossible(f"hand-off packet does not work here: {no_packet}")
+    if settings.handoff == HandoffChoice.SOCKMAP and len(ladder) == 1:
         raise NotPossible(f"hand-off sockmap does not work here: {refusal}")
     prove(loop, relay)
     router.ladder = ladder

@@ -19,7 +19,7 @@ ffibuilder.set_source(
     include_dirs=[str(NATIVE), str(ABI)],
     libraries=["ssl", "crypto", "seccomp"],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-    depends=[str(ABI / "abi.h"), *map(str, NATIVE.iterdir())],
+    depends=[str(ABI / "abi.h"), str(ABI / "packet.h"), *map(str, NATIVE.iterdir())],
 )
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class Handoff(Protocol):
         """
 
 
-def _forgotten(_: "Flow") -> None:
+def forgotten(_: "Flow") -> None:
     """
     Stand in for a listener that has heard of the end: it and the flow no longer hold each other.
     """
@@ -168,7 +168,7 @@ class Flow:
                 reset = isinstance(command, Abort)
                 for fd in self.fds:
                     self.loop.close(fd, reset=reset)
-                over, self._over = self._over, _forgotten
+                over, self._over = self._over, forgotten
                 over(self)
                 self.release()
             else:

@@ -18,9 +18,11 @@ from controller.core.routes import Backend, Route, RouteTable
 from controller.core.session import Side
 from controller.router._native import ffi
 from controller.router.connection import TAKE_LIMIT, Connection
+from controller.router.devices import Devices
 from controller.router.flow import Handoff
 from controller.router.listen import accept
 from controller.router.loop import Loop
+from controller.router.packet import PacketHandoff
 from controller.router.stats import Stats
 from controller.router.transparency import Transparency
 from controller.settings import Network, RouterSettings
@@ -75,6 +77,8 @@ class Router:
         self.table_since = 0.0
         self.ladder: Sequence[Handoff] = ()
         self.ladder_reason = ""
+        self.packet: PacketHandoff | None = None
+        self.devices: Devices | None = None
         self.transparency = Transparency(settings)
         self.stats = Stats()
         self.connections: set[Connection] = set()

@@ -18,6 +18,8 @@ OTHER: Final[dict[str, Any]] = {
     "listen": ("127.0.0.1:8443", "[::1]:8443"),
     "metrics": "off",
     "handoff": HandoffChoice.RELAY,
+    "bpffs": Path("/run/bpf"),
+    "packet_idle": 90.0,
     "hello_timeout": 0.25,
     "hello_limit": 8192,
     "connect_timeout": 1.5,

@@ -131,7 +131,7 @@ def test_help_tells_every_flag(command: str) -> None:
         ("hello_timeout", "0", "greater than 0"),
         ("hello_timeout", "soon", "valid number"),
         ("hello_limit", "1", "4096"),
-        ("handoff", "packet", "sockmap"),
+        ("handoff", "packets", "sockmap"),
         ("log_level", "loud", "warning"),
         ("max_connections", "-1", "greater than or equal to 0"),
         ("drain", "inf", "1000000"),

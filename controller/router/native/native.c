@@ -28,3 +28,4 @@ struct pipe;
 #include "steps.c"
 #include "pump.c"
 #include "confine.c"
+#include "conntrack.c"

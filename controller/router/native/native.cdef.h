@@ -71,6 +71,7 @@ void half_close(int fd);
 void reset(int fd);
 
 int confine(void);
+void conntrack_forget(int netlink, const void *flow);
 
 /* why a pump stopped */
 enum move {

@@ -1,0 +1,467 @@
+"""
+Load, attach and pin the programs that translate packets, and make flows of pairs of sockets.
+
+This is the mechanism: a flow is two connections whose packets the kernel turns into those of one.
+Which pairs, from when on and until when, is the caller's policy.
+
+Rules of this file:
+
+1. What is pinned outlives the process: maps, and the programs' links to devices.  A loader finds
+   what an earlier one left and takes it over; programs are replaced in place.
+2. A flow's number may be another's only `QUARANTINE` seconds after its end.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+from bpfprog._ffi import ffi, lib
+from bpfprog.splice import KernelError, check, error
+
+OBJECT = Path(__file__).with_name("packet.bpf.o")
+
+ABI: Final[int] = lib.PACKET_ABI
+MAX_FLOWS: Final[int] = lib.MAX_FLOWS
+MAX_HEAD: Final[int] = lib.MAX_HEAD
+MAX_OWNERS: Final[int] = lib.MAX_OWNERS
+MAX_NOTE: Final[int] = lib.NOTE_BYTES
+
+QUARANTINE: Final = 10
+"""Seconds that a flow stays after its end: late packets of its own find it, and no processor that
+has looked it up can still be at work when its number is given to another."""
+
+
+class State(IntEnum):
+    """
+    What a flow is; see `enum flow_state`.
+    """
+
+    FREE = lib.FLOW_FREE
+    CLAIMED = lib.FLOW_CLAIMED
+    HELLO = lib.FLOW_HELLO
+    OPEN = lib.FLOW_OPEN
+    ENDED = lib.FLOW_ENDED
+    RESET = lib.FLOW_RESET
+    FORGOTTEN = lib.FLOW_FORGOTTEN
+    REAPED = lib.FLOW_REAPED
+
+
+class Kind(IntEnum):
+    """
+    What an event tells; see `enum flow_event_kind`.
+    """
+
+    ACKED = lib.EVENT_ACKED
+    ENDED = lib.EVENT_ENDED
+    RESET = lib.EVENT_RESET
+    ABANDONED = lib.EVENT_ABANDONED
+    FRAGMENT = lib.EVENT_FRAGMENT
+    TOO_BIG = lib.EVENT_TOO_BIG
+    UNANSWERED = lib.EVENT_UNANSWERED
+
+
+LIVE: Final = (State.HELLO, State.OPEN)
+OVER: Final = (State.ENDED, State.RESET, State.FORGOTTEN, State.REAPED)
+
+_ETHERNET: Final = 14
+_REDIRECT: Final = 7
+"""TC_ACT_REDIRECT."""
+
+_PINNED: Final = ("ends", "flows", "seen", "notes", "rings", "lost")
+
+_REASONS: Final = {
+    getattr(lib, name): name.removeprefix("INSTALL_").lower()
+    for name in dir(lib)
+    if name.startswith("INSTALL_")
+}
+
+
+class Declined(Exception):  # noqa: N818 - no error: the sockets are as they were
+    """
+    Two sockets make no flow; the message is the reason, a word.
+    """
+
+
+class Event(NamedTuple):
+    """
+    What the programs tell of a flow: *kind* is a `Kind`, *end* a side, 0 for the client's.
+    """
+
+    flow: int
+    kind: int
+    end: int
+    seq: int
+    mtu: int
+
+
+class Packet:
+    """
+    The loaded programs with their maps.
+    """
+
+    def __init__(self, directory: Path, owner: int, path: Path = OBJECT) -> None:
+        """
+        Load the programs, with the maps that are pinned in *directory* of a bpffs, or new ones.
+
+        *owner* is which of the rings is this process's, below MAX_OWNERS.
+
+        Raises:
+            KernelError: that is not possible; the message says what and why.
+        """
+        self.directory = directory
+        self._ring = ffi.NULL
+        self._object = ffi.NULL
+        self._links: dict[tuple[int, str], int] = {}
+        self._classic: set[int] = set()
+        self._maps: list[Any] = []
+        lib.splice_log_start()
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as err:
+            raise KernelError(err.errno, f"{directory}: {err.strerror}") from None
+        self._object = lib.bpf_object__open_file(os.fsencode(path), ffi.NULL)
+        if self._object == ffi.NULL:
+            raise error(ffi.errno, f"open {path.name}")
+        try:
+            self._load(owner)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, owner: int) -> None:
+        for name in _PINNED:
+            pin = os.fsencode(self.directory / name)
+            check(lib.bpf_map__set_pin_path(self._map(name), pin), f"pin {name}")
+        check(lib.bpf_object__load(self._object), "load the packet programs")
+        flows = self._map("flows")
+        size = ffi.sizeof("struct flow")
+        if lib.bpf_map__value_size(flows) != size:
+            raise KernelError(errno.EINVAL, f"stale {OBJECT.name}: values of 'flows' differ")
+        self._flows = ffi.cast("struct flow *", self._mapped("flows", MAX_FLOWS * size))
+        self._lost = ffi.cast("uint64_t *", self._mapped("lost", MAX_OWNERS * 8))
+        self._packet = ffi.new(
+            "struct packet *",
+            {
+                "install": self._program("install"),
+                "emit": self._program("emit"),
+                "ends": lib.bpf_map__fd(self._map("ends")),
+                "notes": lib.bpf_map__fd(self._map("notes")),
+                "rings": lib.bpf_map__fd(self._map("rings")),
+                "flows": self._flows,
+                "owner": owner,
+                # two that start at once look for free places in different parts
+                "cursor": owner * (MAX_FLOWS // MAX_OWNERS),
+            },
+        )
+        self._ring = lib.packet_ring(self._packet)
+        if self._ring == ffi.NULL:
+            raise error(ffi.errno, "open the event ring")
+        self._number = ffi.new("uint32_t *")
+
+    def _map(self, name: str) -> Any:
+        found = lib.bpf_object__find_map_by_name(self._object, name.encode())
+        if found == ffi.NULL:
+            raise KernelError(errno.ENOENT, f"stale {OBJECT.name}: no map {name!r}")
+        return found
+
+    def _mapped(self, name: str, size: int) -> Any:
+        address = lib.splice_map(lib.bpf_map__fd(self._map(name)), size)
+        if address == ffi.NULL:
+            raise error(ffi.errno, f"map {name!r}")
+        self._maps.append((address, size))
+        return address
+
+    def _program(self, name: str) -> int:
+        found = lib.bpf_object__find_program_by_name(self._object, name.encode())
+        return int(lib.bpf_program__fd(found))
+
+    def close(self) -> None:
+        """
+        Give up what is this process's; what is pinned goes on.
+        """
+        if self._ring != ffi.NULL:
+            lib.ring_buffer__free(self._ring)
+            self._ring = ffi.NULL
+        for address, size in self._maps:
+            lib.splice_unmap(address, size)
+        self._maps.clear()
+        for fd in self._links.values():
+            os.close(fd)
+        self._links.clear()
+        if self._object != ffi.NULL:
+            lib.bpf_object__close(self._object)
+            self._object = ffi.NULL
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- devices ---
+
+    def follow(self, devices: Iterable[int]) -> dict[int, str]:
+        """
+        Be attached to *devices*, their indices, and to no others.
+
+        Returns:
+            Those that this was not possible for, with the reasons.
+        """
+        wanted = set(devices)
+        refused = {}
+        for device in {device for device, _ in self._links} | self._classic | self._left():
+            if device not in wanted:
+                self._detach(device)
+        for device in sorted(wanted - {device for device, _ in self._links} - self._classic):
+            try:
+                self._attach(device)
+            except KernelError as err:
+                refused[device] = str(err.strerror)
+        return refused
+
+    @property
+    def devices(self) -> set[int]:
+        """
+        The devices attached to.
+        """
+        return {device for device, _ in self._links} | self._classic
+
+    def _left(self) -> set[int]:
+        """
+        The devices that pins say an earlier loader was attached to.
+        """
+        names = (pin.name.partition("-") for pin in self.directory.iterdir())
+        return {int(device) for hook, _, device in names if hook in ("ingress", "egress")}
+
+    def _pin(self, hook: str, device: int) -> Path:
+        return self.directory / f"{hook}-{device}"
+
+    def _attach(self, device: int) -> None:
+        for hook, kind in (("ingress", lib.TCX_INGRESS), ("egress", lib.TCX_EGRESS)):
+            program, pin = self._program(hook), self._pin(hook, device)
+            link = lib.bpf_obj_get(os.fsencode(pin))
+            if link >= 0 and (
+                lib.packet_link_device(link) != device
+                or lib.bpf_link_update(link, program, ffi.NULL) < 0
+            ):
+                # of a device that is gone, or was another's
+                os.close(link)
+                pin.unlink()
+                link = -1
+            if link < 0:
+                link = lib.bpf_link_create(program, device, kind, ffi.NULL)
+                if link == -errno.EINVAL and not self._links:
+                    self._attach_classic(device)
+                    return
+                check(link, f"attach to device {device}")
+                if lib.bpf_obj_pin(link, os.fsencode(pin)) < 0:
+                    failed = error(ffi.errno, f"pin the link to device {device}")
+                    os.close(link)
+                    raise failed
+            self._links[device, hook] = link
+
+    def _attach_classic(self, device: int) -> None:
+        for hook in ("ingress", "egress"):
+            answer = lib.packet_clsact(self._program(hook), device, hook == "egress", True)
+            check(answer, f"attach to device {device}")
+        self._classic.add(device)
+
+    def _detach(self, device: int) -> None:
+        if device in self._classic:
+            self._classic.discard(device)
+            for egress in (False, True):
+                lib.packet_clsact(-1, device, egress, False)
+        for hook in ("ingress", "egress"):
+            link = self._links.pop((device, hook), -1)
+            if link >= 0:
+                os.close(link)
+            with contextlib.suppress(FileNotFoundError):
+                self._pin(hook, device).unlink()
+
+    def unpin(self) -> None:
+        """
+        Leave nothing behind: the programs go off their devices, and the maps end with the process.
+        """
+        self.follow(())
+        for name in _PINNED:
+            with contextlib.suppress(FileNotFoundError):
+                (self.directory / name).unlink()
+
+    # --- events ---
+
+    @property
+    def events_fd(self) -> int:
+        """
+        The descriptor that becomes readable when there are events.
+        """
+        return int(lib.ring_buffer__epoll_fd(self._ring))
+
+    def events(self) -> list[Event]:
+        """
+        What has been told since the last call, at most 1024.
+        """
+        lib.packet_n_events = 0
+        lib.ring_buffer__consume(self._ring)
+        events = lib.packet_events
+        return [
+            Event(events[i].flow, events[i].kind, events[i].end, events[i].seq, events[i].mtu)
+            for i in range(lib.packet_n_events)
+        ]
+
+    # --- flows ---
+
+    def install(
+        self,
+        client: int,
+        backend: int,
+        serial: int,
+        *,
+        foreign: bool = False,
+        anywhere: bool = False,
+    ) -> tuple[int, int]:
+        """
+        Make a flow of two connected sockets, and send the backend what waits in the client's.
+
+        From then on the flow's packets are translated; the sockets must stay until EVENT_ACKED.
+        *foreign* says that the backend's socket may have an address that is neither this host's
+        nor the client's; *anywhere* is for a trial: the ends may be reached in any way.
+
+        Returns:
+            The flow's number, and how many bytes waited; -1 if they could not be sent, after which
+            there is nothing but to end the flow.
+
+        Raises:
+            Declined: there is no flow, and both sockets are as they were.
+        """
+        head = lib.packet_queued(client)
+        if not 0 <= head <= MAX_HEAD:
+            raise Declined("early_data")
+        answer = lib.packet_install(
+            self._packet, client, backend, head, anywhere, foreign, serial, self._number
+        )
+        if answer < 0:
+            raise Declined(errno.errorcode.get(-answer, "unknown").lower())
+        if answer:
+            raise Declined(_REASONS.get(answer, "unknown"))
+        number = int(self._number[0])
+        # what fails can not be undone: the client's packets may have gone on already
+        if head and lib.packet_send_head(client, backend, head):
+            return number, -1
+        return number, head
+
+    @property
+    def lost_events(self) -> int:
+        """
+        How often an event found no room in our ring; after a change, look at every flow.
+        """
+        return int(self._lost[self._packet.owner])
+
+    def flow(self, number: int) -> Any:
+        """
+        A flow's `struct flow`, as it stands.
+        """
+        return self._flows[number]
+
+    def address(self, number: int) -> Any:
+        """
+        Where a flow's `struct flow` lies, for native code.
+        """
+        return self._flows + number
+
+    def end(self, number: int) -> bool:
+        """
+        Translate no more; whether that was news.
+        """
+        return bool(lib.packet_end(self._packet, number))
+
+    def reap(self, number: int) -> None:
+        """
+        Free the place of a flow that has been over for QUARANTINE.
+        """
+        lib.packet_reap(self._packet, number)
+
+    def numbers(self) -> list[int]:
+        """
+        The numbers of all flows, whoever made them.
+        """
+        numbers = ffi.new("uint32_t[]", MAX_FLOWS)
+        return list(numbers[0 : lib.packet_list(self._packet, numbers, MAX_FLOWS)])
+
+    def idle(self, before: int) -> list[int]:
+        """
+        The flows of ours of which nobody has heard since *before*, in monotonic seconds.
+        """
+        numbers = ffi.new("uint32_t[]", 1024)
+        return list(numbers[0 : lib.packet_idle(self._packet, before, numbers, 1024)])
+
+    def adopt(self, number: int) -> None:
+        """
+        Hear of the flow *number* from now on.
+        """
+        self._flows[number].owner = self._packet.owner
+
+    def note(self, number: int, text: bytes) -> None:
+        """
+        Keep *text*, of at most MAX_NOTE bytes, with a flow.
+        """
+        lib.packet_note(self._packet, number, text, len(text))
+
+    def read_note(self, number: int) -> bytes:
+        """
+        What is kept with a flow, or nothing.
+        """
+        note = ffi.new("struct note *")
+        if lib.packet_read_note(self._packet, number, note):
+            return b""
+        return bytes(ffi.string(note.text))
+
+    def translate(self, packet: bytes) -> bytes | None:
+        """
+        Give an IPv4 packet to the ingress program, as a trial.
+
+        Returns:
+            What it made of it, or None if it would not send it on.
+        """
+        frame = bytes(12) + b"\x08\x00" + packet
+        out, size = ffi.new("char[]", len(frame) + 64), ffi.new("uint32_t *", len(frame) + 64)
+        program = self._program("ingress")
+        answer = lib.packet_run(program, ffi.from_buffer(frame), len(frame), out, size)
+        if answer != _REDIRECT:
+            return None
+        return bytes(ffi.buffer(out, size[0]))[_ETHERNET:]
+
+    def emit(self, packet: bytes, device: int) -> bool:
+        """
+        Send an IP packet as if it had come by *device* and been forwarded; whether it has left.
+        """
+        kind = b"\x86\xdd" if packet[0] >> 4 == 6 else b"\x08\x00"  # noqa: PLR2004 - IPv6
+        frame = bytes(12) + kind + packet
+        return not lib.packet_emit(self._packet, ffi.from_buffer(frame), len(frame), device)
+
+
+def silence(fd: int) -> None:
+    """
+    Have a socket go without a word when it is closed.
+
+    Raises:
+        OSError: without NET_ADMIN.
+    """
+    if answer := lib.packet_silence(fd):
+        raise OSError(-answer, os.strerror(-answer))
+
+
+def sequence_numbers(fd: int) -> tuple[int, int]:
+    """
+    Read the numbers of the next byte that a silenced socket would send, and receive.
+
+    Raises:
+        OSError: it is not silenced.
+    """
+    numbers = ffi.new("uint32_t[2]")
+    if answer := lib.packet_sequence(fd, numbers):
+        raise OSError(-answer, os.strerror(-answer))
+    return numbers[0], numbers[1]

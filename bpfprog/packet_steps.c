@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Steps of the packet hand-off that would be many calls from Python.  Errors are -errno. */
+#include <arpa/inet.h>
+#include <linux/if_ether.h>
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdbool.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include "packet.h"
+
+/* enum bpf_attach_type, which an older libbpf does not name */
+#define TCX_INGRESS 46
+#define TCX_EGRESS 47
+
+/* what may be queued before the hand-off, for the router to send on: what fits a first window */
+#define MAX_HEAD 16384
+
+/* places looked at for a free one; a table as full as that has none */
+#define MAX_PROBES 1024
+
+/* of the one qdisc that ours shares with others (tc-bpf(8)) */
+#define TC_HANDLE 0x5352
+#define TC_PRIORITY 0x5352
+
+struct packet {
+	int install, emit, ends, notes, rings;
+	struct flow *flows;
+	uint32_t owner;
+	uint32_t cursor;
+};
+
+/* --- devices --- */
+
+/* Attach a program where the kernel has no TCX, or take it off. */
+static int packet_clsact(int prog_fd, int ifindex, bool egress, bool attach)
+{
+	DECLARE_LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex,
+			    .attach_point = egress ? BPF_TC_EGRESS : BPF_TC_INGRESS);
+	DECLARE_LIBBPF_OPTS(bpf_tc_opts, opts, .handle = TC_HANDLE, .priority = TC_PRIORITY);
+	int err;
+
+	if (!attach)
+		return bpf_tc_detach(&hook, &opts);
+	err = bpf_tc_hook_create(&hook);
+	if (err && err != -EEXIST)
+		return err;
+	opts.prog_fd = prog_fd;
+	opts.flags = BPF_TC_F_REPLACE;
+	return bpf_tc_attach(&hook, &opts);
+}
+
+/* The device that a link is attached to, 0 where that is gone. */
+static int packet_link_device(int link_fd)
+{
+	/* struct bpf_link_info, of which an older header has no TCX part */
+	uint32_t info[32] = {};
+	uint32_t size = sizeof(info);
+
+	if (bpf_obj_get_info_by_fd(link_fd, info, &size))
+		return -errno;
+	/* type, id, prog_id, padding; then tcx.ifindex */
+	return info[4];
+}
+
+/* --- events --- */
+
+#define MAX_FLOW_EVENTS 1024
+
+static struct flow_event packet_events[MAX_FLOW_EVENTS];
+static uint32_t packet_n_events;
+
+static int take_flow_event(void *ctx, void *data, size_t size)
+{
+	if (size == sizeof(*packet_events))
+		memcpy(&packet_events[packet_n_events++], data, size);
+	return packet_n_events == MAX_FLOW_EVENTS ? -ENOBUFS : 0;
+}
+
+/* Make the ring of this owner. */
+static struct ring_buffer *packet_ring(struct packet *packet)
+{
+	int fd = bpf_map_create(BPF_MAP_TYPE_RINGBUF, "flow_events", 0, 0, FLOW_EVENTS_BYTES, NULL);
+	struct ring_buffer *ring = NULL;
+
+	if (fd < 0)
+		return NULL;
+	if (!bpf_map_update_elem(packet->rings, &packet->owner, &fd, BPF_ANY))
+		ring = ring_buffer__new(fd, take_flow_event, NULL, NULL);
+	close(fd);
+	return ring;
+}
+
+/* --- install --- */
+
+static void map_address(const struct sockaddr_storage *from, __be32 address[4], __be16 *port)
+{
+	if (from->ss_family == AF_INET) {
+		const struct sockaddr_in *in = (const struct sockaddr_in *)from;
+
+		address[0] = address[1] = 0;
+		address[2] = htonl(0xffff);
+		address[3] = in->sin_addr.s_addr;
+		*port = in->sin_port;
+	} else {
+		const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)from;
+
+		memcpy(address, &in6->sin6_addr, sizeof(in6->sin6_addr));
+		*port = in6->sin6_port;
+	}
+}
+
+/* the addresses of packets that come to *fd* */
+static int read_tuple(int fd, struct tuple *tuple)
+{
+	struct sockaddr_storage address;
+	socklen_t size = sizeof(address);
+
+	if (getpeername(fd, (struct sockaddr *)&address, &size))
+		return -errno;
+	map_address(&address, tuple->from, &tuple->from_port);
+	size = sizeof(address);
+	if (getsockname(fd, (struct sockaddr *)&address, &size))
+		return -errno;
+	map_address(&address, tuple->to, &tuple->to_port);
+	return 0;
+}
+
+static bool leave_state(struct flow *flow, uint32_t from, uint32_t to)
+{
+	return __sync_bool_compare_and_swap(&flow->state, from, to);
+}
+
+static int64_t claim(struct packet *packet)
+{
+	for (int i = 0; i < MAX_PROBES; i++) {
+		uint32_t number = packet->cursor++ % MAX_FLOWS;
+
+		if (packet->flows[number].state == FLOW_FREE &&
+		    leave_state(&packet->flows[number], FLOW_FREE, FLOW_CLAIMED))
+			return number;
+	}
+	return -1;
+}
+
+static void give_back(struct flow *flow)
+{
+	memset((char *)flow + sizeof(flow->state), 0, sizeof(*flow) - sizeof(flow->state));
+	__atomic_store_n(&flow->state, FLOW_FREE, __ATOMIC_RELEASE);
+}
+
+/* Run a program over *data*, *size* bytes with room for an Ethernet header first.
+ *
+ * Returns what the program does, or -errno.
+ */
+static int packet_run(int prog_fd, void *data, uint32_t size, void *out, uint32_t *out_size)
+{
+	DECLARE_LIBBPF_OPTS(bpf_test_run_opts, opts, .data_in = data, .data_size_in = size,
+			    .data_out = out, .data_size_out = out_size ? *out_size : 0,
+			    .repeat = 1);
+
+	if (bpf_prog_test_run_opts(prog_fd, &opts))
+		return -errno;
+	if (out_size)
+		*out_size = opts.data_size_out;
+	return opts.retval;
+}
+
+/* bytes that wait to be read */
+static int packet_queued(int fd)
+{
+	int queued;
+
+	return ioctl(fd, SIOCINQ, &queued) ? -errno : queued;
+}
+
+/* Make a flow of two sockets; the first *head* bytes, which wait in the client's, are still to
+ * be sent.
+ *
+ * Returns an enum install_result, or -errno.
+ */
+static int packet_install(struct packet *packet, int client, int backend, uint32_t head,
+			  bool anywhere, bool foreign, uint64_t serial, uint32_t *number)
+{
+	struct {
+		unsigned char ethernet[ETH_HLEN];
+		struct install in;
+	} __attribute__((packed)) data = {};
+	struct install in = {
+		.owner = packet->owner,
+		.serial = serial,
+		.hello = head,
+		.anywhere = anywhere,
+	};
+	int64_t claimed;
+	int result = read_tuple(client, &in.client);
+
+	if (!result)
+		result = read_tuple(backend, &in.backend);
+	if (result)
+		return result;
+	in.transparent = foreign || !memcmp(in.backend.to, in.client.from, sizeof(in.client.from));
+	claimed = claim(packet);
+	if (claimed < 0)
+		return INSTALL_FULL;
+	in.flow = *number = claimed;
+	data.in = in;
+	result = packet_run(packet->install, &data, sizeof(data), NULL, NULL);
+	if (result)
+		give_back(&packet->flows[claimed]);
+	return result;
+}
+
+/* Send the backend what waits in the client's socket, and leave it there: that socket only goes.
+ *
+ * Returns 0 or -errno.
+ */
+static int packet_send_head(int client, int backend, uint32_t head)
+{
+	static char buffer[MAX_HEAD];
+	ssize_t sent;
+
+	if (recv(client, buffer, head, MSG_PEEK) != (ssize_t)head)
+		return -EIO;
+	sent = send(backend, buffer, head, MSG_NOSIGNAL);
+	if (sent < 0)
+		return -errno;
+	return sent == (ssize_t)head ? 0 : -ENOBUFS;
+}
+
+/* Have a socket go without a word when it is closed (tcp_close). */
+static int packet_silence(int fd)
+{
+	int on = TCP_REPAIR_ON;
+
+	return setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &on, sizeof(on)) ? -errno : 0;
+}
+
+/* The next sequence numbers that a silenced socket would send and receive. */
+static int packet_sequence(int fd, uint32_t numbers[2])
+{
+	const int queues[2] = { TCP_SEND_QUEUE, TCP_RECV_QUEUE };
+
+	for (int i = 0; i < 2; i++) {
+		socklen_t size = sizeof(numbers[i]);
+
+		if (setsockopt(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &queues[i], sizeof(queues[i])) ||
+		    getsockopt(fd, IPPROTO_TCP, TCP_QUEUE_SEQ, &numbers[i], &size))
+			return -errno;
+	}
+	return 0;
+}
+
+/* Send an IP packet, behind an empty Ethernet header, from *ifindex* on. */
+static int packet_emit(struct packet *packet, void *data, uint32_t size, uint32_t ifindex)
+{
+	struct __sk_buff context = { .mark = ifindex };
+	DECLARE_LIBBPF_OPTS(bpf_test_run_opts, opts, .data_in = data, .data_size_in = size,
+			    .ctx_in = &context, .ctx_size_in = sizeof(context), .repeat = 1);
+
+	if (bpf_prog_test_run_opts(packet->emit, &opts))
+		return -errno;
+	return opts.retval;
+}
+
+/* --- ends --- */
+
+static uint32_t now_seconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	return now.tv_sec;
+}
+
+/* Stop translating; true unless that was so already. */
+static bool packet_end(struct packet *packet, uint32_t number)
+{
+	struct flow *flow = &packet->flows[number];
+
+	if (!leave_state(flow, FLOW_OPEN, FLOW_RESET) &&
+	    !leave_state(flow, FLOW_HELLO, FLOW_RESET) &&
+	    !leave_state(flow, FLOW_ENDED, FLOW_RESET))
+		return false;
+	flow->changed = now_seconds();
+	return true;
+}
+
+static void turn_round(const struct tuple *tuple, struct tuple *other)
+{
+	memcpy(other->from, tuple->to, sizeof(other->from));
+	memcpy(other->to, tuple->from, sizeof(other->to));
+	other->from_port = tuple->to_port;
+	other->to_port = tuple->from_port;
+}
+
+/* Free a flow that has been over for long enough. */
+static void packet_reap(struct packet *packet, uint32_t number)
+{
+	struct flow *flow = &packet->flows[number];
+
+	/* who is first, this or a new connection's SYN, deletes the addresses */
+	if (leave_state(flow, FLOW_ENDED, FLOW_REAPED) ||
+	    leave_state(flow, FLOW_RESET, FLOW_REAPED)) {
+		for (int i = 0; i < 2; i++) {
+			struct tuple end;
+
+			turn_round(&flow->ways[i].out, &end);
+			bpf_map_delete_elem(packet->ends, &end);
+		}
+	}
+	bpf_map_delete_elem(packet->notes, &number);
+	give_back(flow);
+}
+
+/* List the flows that are somebody's.  Returns how many. */
+static uint32_t packet_list(struct packet *packet, uint32_t *numbers, uint32_t room)
+{
+	uint32_t found = 0;
+
+	for (uint32_t number = 0; number < MAX_FLOWS && found < room; number++)
+		if (packet->flows[number].state != FLOW_FREE)
+			numbers[found++] = number;
+	return found;
+}
+
+/* List the flows of which nobody has heard since *before*.  Returns how many. */
+static uint32_t packet_idle(struct packet *packet, uint32_t before, uint32_t *numbers,
+			    uint32_t room)
+{
+	uint32_t found = 0;
+
+	for (uint32_t number = 0; number < MAX_FLOWS && found < room; number++) {
+		struct flow *flow = &packet->flows[number];
+
+		if ((flow->state == FLOW_OPEN || flow->state == FLOW_HELLO) &&
+		    flow->owner == packet->owner && flow->ways[0].heard < before &&
+		    flow->ways[1].heard < before)
+			numbers[found++] = number;
+	}
+	return found;
+}
+
+/* --- notes --- */
+
+static int packet_note(struct packet *packet, uint32_t number, const char *text, uint32_t size)
+{
+	struct note note = {};
+
+	memcpy(note.text, text, size < sizeof(note.text) ? size : sizeof(note.text));
+	return bpf_map_update_elem(packet->notes, &number, &note, BPF_ANY) ? -errno : 0;
+}
+
+static int packet_read_note(struct packet *packet, uint32_t number, struct note *note)
+{
+	return bpf_map_lookup_elem(packet->notes, &number, note) ? -errno : 0;
+}

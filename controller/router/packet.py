@@ -1,0 +1,349 @@
+"""
+The `packet` hand-off: the kernel makes one connection of two, and the router leaves its path.
+
+The router's sockets are answerable for the hello until the backend has acknowledged it; then they
+go without a word, and client and backend speak TCP to each other.  A flow needs no router: it
+outlives one that is killed, and is taken over by the next.
+
+Rules of this file:
+
+1. A flow that is not eligible is refused before the install, never after it.
+2. A flow that ends is reset towards whoever does not know, and keeps its number for a while.
+"""
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import structlog
+
+from bpfprog import QUARANTINE, Declined, Event, Kind, Packet, State, silence
+from bpfprog.packet import OVER
+from controller.core.packets import Endpoint, packet_too_big, tcp_reset
+from controller.core.session import Side
+from controller.router._native import ffi, lib
+from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused, forgotten
+from controller.router.loop import Loop
+
+TICK: Final = 1.0
+"""Seconds between looks at what has waited: acknowledgements, numbers in quarantine."""
+
+IDLE_TICKS: Final = 60
+"""Ticks between looks for idle flows."""
+
+_EPOLLIN: Final = 1
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+_CONNTRACK: Final = Path("/proc/sys/net/netfilter/nf_conntrack_count")
+_NETLINK_NETFILTER: Final = 12
+
+log = structlog.get_logger()
+
+
+class PacketHandoff:
+    """
+    The rung.
+    """
+
+    name = "packet"
+
+    def __init__(
+        self,
+        loop: Loop,
+        packet: Packet,
+        patience: float,
+        idle: float,
+    ) -> None:
+        """
+        Hand over to *packet*; *patience* is how long a backend has to acknowledge the hello.
+        """
+        self.loop = loop
+        self.packet = packet
+        self.patience = patience
+        self.idle = idle
+        self.flows: dict[int, PacketFlow] = {}
+        self.is_on = True
+        self.without_sockets = 0
+        self._serial = time.time_ns()
+        self._waiting: deque[tuple[float, PacketFlow]] = deque()
+        self._over: deque[tuple[float, int]] = deque()
+        self._lost = packet.lost_events
+        self._ticks = 0
+        self._conntrack: socket.socket | None = None
+        self._tracks = False
+        loop.watch(packet.events_fd, _EPOLLIN, self._on_events)
+        loop.later(TICK, self._tick)
+
+    # --- new flows ---
+
+    def take(
+        self,
+        client: int,
+        backend: int,
+        over: Callable[[Flow], None],
+        prelude: Prelude = UNTOUCHED,
+    ) -> Flow:
+        """
+        Make one connection of the two.
+
+        Raises:
+            Refused: this pair is not eligible.
+        """
+        if not self.is_on:
+            raise Refused("off")
+        if prelude.pending or not prelude.drained:
+            raise Refused("not_drained")
+        return self.install(client, backend, over, prelude)
+
+    def install(
+        self,
+        client: int,
+        backend: int,
+        over: Callable[[Flow], None],
+        prelude: Prelude = UNTOUCHED,
+        *,
+        anywhere: bool = False,
+    ) -> "PacketFlow":
+        """
+        Make one connection of two, as `take` does; *anywhere* is for a trial.
+        """
+        self._serial += 1
+        try:
+            number, head = self.packet.install(
+                client,
+                backend,
+                self._serial,
+                # what a sender's header says is nobody's address here
+                foreign=prelude.taken > 0,
+                anywhere=anywhere,
+            )
+        except Declined as refusal:
+            raise Refused(str(refusal)) from None
+        flow = PacketFlow(self, number, (client, backend), over, max(head, 0) + prelude.moved)
+        self.flows[number] = flow
+        self.loop.handlers.pop(backend, None)
+        if head < 0:
+            self.loop.soon(partial(flow.cut, "hello_unsent"))
+        else:
+            self._waiting.append((self.loop.now + self.patience, flow))
+            if self.packet.flow(number).state == State.OPEN:
+                self.loop.soon(flow.acknowledged)
+        return flow
+
+    # --- events ---
+
+    def _on_events(self, _: int) -> None:
+        for event in self.packet.events():
+            flow = self.flows.get(event.flow)
+            if flow is not None:
+                flow.hear(event)
+            elif event.kind == Kind.UNANSWERED:
+                self.reset(event.flow, event.end)
+        if self._lost != self.packet.lost_events:
+            self._lost = self.packet.lost_events
+            for flow in tuple(self.flows.values()):
+                flow.look()
+
+    def _tick(self) -> None:
+        self.loop.later(TICK, self._tick)
+        now = self.loop.now
+        self._tracks = self._conntrack is not None and _is_tracking()
+        while self._waiting and (self._waiting[0][1].without_sockets or now > self._waiting[0][0]):
+            _, flow = self._waiting.popleft()
+            if not flow.without_sockets:
+                flow.look()
+                flow.cut("hello_unacknowledged")
+        while self._over and now > self._over[0][0]:
+            self.packet.reap(self._over.popleft()[1])
+        self._ticks += 1
+        if self._ticks % IDLE_TICKS == 0:
+            for number in self.packet.idle(max(0, int(time.monotonic() - self.idle))):
+                if number in self.flows:
+                    self.flows[number].cut("idle")
+
+    # --- ends ---
+
+    def gone(self, flow: "PacketFlow") -> None:
+        """
+        Take note of the end of *flow*: its number is free after a while.
+        """
+        del self.flows[flow.number]
+        self._over.append((self.loop.now + QUARANTINE, flow.number))
+
+    def reap_now(self) -> None:
+        """
+        Free the numbers of all that has ended, which no packet can find: they were trials.
+        """
+        while self._over:
+            self.packet.reap(self._over.popleft()[1])
+
+    def reset(self, number: int, end: int) -> None:
+        """
+        Send a RST to one end of a flow, as if the other had.
+        """
+        flow = self.packet.flow(number)
+        local, remote = _endpoints(flow.ways[1 - end].out)
+        way = flow.ways[end]
+        ack = (way.next + way.fin_seen) & 0xFFFFFFFF
+        self.packet.emit(tcp_reset(local, remote, way.acked, ack), flow.ways[1 - end].ifindex)
+
+    def too_big(self, event: Event) -> None:
+        """
+        Tell an end of a flow that what it has sent is larger than the way to the other takes.
+        """
+        flow = self.packet.flow(event.flow)
+        local, remote = _endpoints(flow.ways[1 - event.end].out)
+        self.packet.emit(
+            packet_too_big(remote, local, event.seq, event.mtu), flow.ways[1 - event.end].ifindex
+        )
+
+    def forget_tracks(self, number: int) -> None:
+        """
+        Delete what netfilter knows of a flow's two connections: it would keep it for days.
+        """
+        if self._tracks and self._conntrack is not None:
+            address = int(ffi.cast("uintptr_t", self.packet.address(number)))
+            lib.conntrack_forget(self._conntrack.fileno(), ffi.cast("void *", address))
+
+
+class PacketFlow(Flow):
+    """
+    One connection whose packets are translated.
+    """
+
+    handoff = "packet"
+    outlives_sockets: ClassVar[bool] = True
+
+    __slots__ = ("_handoff", "_head", "number", "without_sockets")
+
+    def __init__(
+        self,
+        handoff: PacketHandoff,
+        number: int,
+        fds: tuple[int, int],
+        over: Callable[[Flow], None],
+        head: int,
+    ) -> None:
+        super().__init__(handoff.loop, fds, over)
+        self._handoff = handoff
+        self.number = number
+        self._head = head
+        self.without_sockets = False
+
+    def hear(self, event: Event) -> None:
+        """
+        Act on what the programs tell.
+        """
+        kind = event.kind
+        if kind == Kind.ACKED:
+            self.acknowledged()
+        elif kind == Kind.TOO_BIG:
+            self._handoff.too_big(event)
+        elif kind == Kind.FRAGMENT:
+            self.cut("fragment")
+        elif kind == Kind.UNANSWERED:
+            self._handoff.reset(self.number, event.end)
+        elif kind == Kind.RESET:
+            self._ended(f"{Side(event.end).name.lower()}_rst")
+        else:
+            self.look()
+
+    def look(self) -> None:
+        """
+        See what has become of the flow, whatever events were lost.
+        """
+        flow = self._handoff.packet.flow(self.number)
+        if flow.state == State.OPEN:
+            self.acknowledged()
+        elif flow.state == State.ENDED:
+            self._ended(f"{Side(flow.first).name.lower()}_fin")
+        elif flow.state in OVER:
+            self._ended("reset")
+
+    def acknowledged(self) -> None:
+        """
+        Let the sockets go: the backend has all that they were answerable for.
+        """
+        if self.without_sockets or self.session.over:
+            return
+        self._handoff.forget_tracks(self.number)
+        self._release_sockets()
+
+    def _release_sockets(self) -> None:
+        if self.without_sockets:
+            return
+        self.without_sockets = True
+        self._handoff.without_sockets += 1
+        for fd in self.fds:
+            silence(fd)
+            self.loop.close(fd)
+
+    def _ended(self, reason: str) -> None:
+        if self.session.over:
+            return
+        self.session.failed(reason)
+        self._release_sockets()
+        over, self._over = self._over, forgotten
+        over(self)
+        self.release()
+
+    def cut(self, reason: str) -> None:
+        """
+        End the connection now, with a RST to both, for *reason*.
+        """
+        if self.session.over:
+            return
+        self._handoff.packet.end(self.number)
+        for side in Side:
+            self._handoff.reset(self.number, side)
+        self._ended(reason)
+
+    def bytes(self, side: Side) -> int:
+        """
+        Count the bytes that *side* has sent.
+        """
+        counted = self._handoff.packet.flow(self.number).ways[side].bytes
+        return int(counted) + (self._head if side == Side.CLIENT else 0)
+
+    def quiet(self) -> float:
+        """
+        Seconds since a packet came from either end, to a second.
+        """
+        ways = self._handoff.packet.flow(self.number).ways
+        heard = max(ways[0].heard, ways[1].heard)
+        return max(0.0, time.monotonic() - float(heard))
+
+    def release(self) -> None:
+        """
+        Give the number back.
+        """
+        self._handoff.without_sockets -= 1
+        self._handoff.gone(self)
+
+
+def _is_tracking() -> bool:
+    """
+    Whether netfilter tracks any connection here.
+    """
+    try:
+        return int(_CONNTRACK.read_text()) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def _address(words: Any) -> bytes:
+    packed: bytes = ffi.buffer(words)[:]
+    return packed[12:] if packed.startswith(_MAPPED) else packed
+
+
+def _endpoints(out: Any) -> tuple[Endpoint, Endpoint]:
+    """
+    Read the two endpoints of a `struct tuple`.
+    """
+    return (
+        (_address(getattr(out, "from")), socket.ntohs(out.from_port)),
+        (_address(out.to), socket.ntohs(out.to_port)),
+    )
