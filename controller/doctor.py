@@ -110,8 +110,8 @@ async def _examine_engine(engine: EngineAddress) -> Finding:
             check,
             State.DEGRADED,
             f"{detail}, rootless: this host does not reach its containers by their addresses",
-            "run sniroute in the engine's own network (podman unshare --rootless-netns), or"
-            " containers with network_mode host",
+            "publish the containers' ports, or run sniroute as a container in a network of that"
+            " engine",
         )
     return Finding(check, State.FINE, detail)
 

@@ -10,6 +10,7 @@ Rules of this file:
 
 import asyncio
 import contextlib
+import fcntl
 import ipaddress
 import os
 import socket
@@ -23,7 +24,7 @@ from aiodocker import Docker
 from aiodocker.exceptions import DockerError
 
 from controller.core.labels import is_labelled
-from controller.core.plan import Container, Network
+from controller.core.plan import HOST_ADDRESS, Container, Network, Published
 from controller.settings import ENGINE_AUTO, ENGINE_NONE, ENGINE_SCHEMES
 
 LIST_TIMEOUT = 30
@@ -44,6 +45,13 @@ the like ring nothing, since a health check alone makes three events every few s
 
 _NOT_BRIDGED = {"macvlan", "ipvlan", "overlay", "null"}
 """Drivers whose addresses the host can not reach, or reaches by a detour."""
+
+_EVERYWHERE = {"": HOST_ADDRESS, "0.0.0.0": HOST_ADDRESS, "::": "::1"}
+"""Where a port is that is published on all of the host's addresses."""
+
+_NS_GET_USERNS = 0xB701
+_FIRST_USERNS = 0xEFFFFFFD
+"""From linux/nsfs.h: the inode of the machine's own user namespace is a constant."""
 
 _UNIX = "unix://"
 
@@ -192,17 +200,21 @@ class Runtime:
             if self._rootless is None:
                 self._rootless = await self._is_rootless()
             networks = {entry["Name"]: entry for entry in await self._docker.networks.list()}
+            # a bridge of this host may well have the very subnet of one of a user's
+            foreign = self._rootless and not on_users_network()
             found: dict[str, Container] = {}
             asked: set[str] = set()
             while wanted:
                 asked |= wanted
                 for details in await self._inspect(wanted):
-                    found[details["Id"]] = _read_container(
+                    container = _read_container(
                         self._name, details, networks, rootless=self._rootless
                     )
+                    found[container.id] = _out_of_reach(container) if foreign else container
                 modes = (container.mode.partition(":") for container in found.values())
                 wanted = {target for mode, _, target in modes if mode == "container"} - asked
-            return Listing(tuple(found.values()), frozenset(_local_subnets(networks.values())))
+            subnets = () if foreign else _local_subnets(networks.values())
+            return Listing(tuple(found.values()), frozenset(subnets))
 
     async def _is_rootless(self) -> bool:
         try:
@@ -242,6 +254,24 @@ def is_rootless(info: Mapping[str, Any]) -> bool:
     return bool(info.get("Rootless")) or "name=rootless" in (info.get("SecurityOptions") or ())
 
 
+def on_users_network() -> bool:
+    """
+    Tell whether the network that this process is on is a user's, as those of rootless engines are.
+
+    Such a network belongs to a user namespace that is not the machine's own.
+    """
+    try:
+        with Path("/proc/self/ns/net").open("rb") as network:
+            owner = fcntl.ioctl(network, _NS_GET_USERNS)
+    except OSError:
+        # it belongs to a user namespace above this process's own: to the host
+        return False
+    try:
+        return os.fstat(owner).st_ino != _FIRST_USERNS
+    finally:
+        os.close(owner)
+
+
 def _read_container(
     source: str,
     details: Mapping[str, Any],
@@ -264,7 +294,13 @@ def _read_container(
         ),
         mode=details["HostConfig"].get("NetworkMode") or "",
         rootless=rootless,
+        published=tuple(_published(settings.get("Ports") or {})),
     )
+
+
+def _out_of_reach(container: Container) -> Container:
+    networks = tuple(replace(network, reachable=False) for network in container.networks)
+    return replace(container, networks=networks)
 
 
 def _read_network(name: str, entry: Mapping[str, Any], about: Mapping[str, Any]) -> Network:
@@ -297,6 +333,14 @@ def _local_subnets(networks: Iterable[Mapping[str, Any]]) -> Iterable[str]:
             is_local(str(subnet[0] + 1), subnet.prefixlen) for subnet in subnets
         ):
             yield from map(str, subnets)
+
+
+def _published(ports: Mapping[str, Any]) -> Iterable[Published]:
+    for key, places in ports.items():
+        for port in _tcp_ports([key]):
+            for place in places or ():
+                address = place.get("HostIp") or ""
+                yield Published(port, _EVERYWHERE.get(address, address), int(place["HostPort"]))
 
 
 def _tcp_ports(keys: Iterable[str]) -> Iterable[int]:

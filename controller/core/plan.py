@@ -8,7 +8,9 @@ Rules of this file:
 3. Port: the label, else the only exposed TCP port, else 443 if exposed, else a problem.
 4. Network: the label, else the configured one, else the only one that can be reached; of several
    the first by name, with a warning.  IPv4 before IPv6, and both where there are both.
-5. Detour: the first reason for which replies to strangers may not leave by that network; none
+5. A container of a rootless engine none of whose networks can be reached is where its port is
+   published, whatever the label or the configuration says of networks; else a problem.
+6. Detour: the first reason for which replies to strangers may not leave by that network; none
    where the container's only default route, or the preferred one, goes there.
 """
 
@@ -51,6 +53,17 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """
+    A port of a container, and the *address* and *host_port* on the host that lead to it.
+    """
+
+    port: int
+    address: str
+    host_port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Container:
     """
     One running container, as its engine tells of it.
@@ -67,6 +80,7 @@ class Container:
     networks: tuple[Network, ...]
     mode: str
     rootless: bool = False
+    published: tuple[Published, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +121,17 @@ def plan(
         for spec in reading.specs:
             picker = _Picker(container, spec, problems)
             # both, so that one look shows every problem
-            port, place = picker.port(), picker.place(by_id, network)
-            if port and place:
-                address, address6, detour = place
+            place = picker.place(by_id, network, picker.port())
+            if place and (port := place.port):
                 backend = Backend(
                     container.name,
                     container.source,
-                    address,
+                    place.address,
                     port,
                     spec.client_ip,
                     spec.proxy_protocol,
-                    detour,
-                    address6,
+                    place.detour,
+                    place.address6,
                 )
                 pairs += [(host, backend) for host in spec.hosts]
     return Plan(pool(pairs), tuple(sorted(set(problems))))
@@ -160,6 +173,14 @@ def diff(old: Iterable[Route], new: Iterable[Route]) -> Changes:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    address: str
+    port: int | None
+    detour: Detour
+    address6: str = ""
+
+
 class _Picker:
     """
     Pick port and place for one route of one container; None where there is a problem.
@@ -186,13 +207,15 @@ class _Picker:
         return None
 
     def place(
-        self, by_id: Mapping[tuple[str, str], Container], configured: str | None
-    ) -> tuple[str, str, Detour] | None:
+        self, by_id: Mapping[tuple[str, str], Container], configured: str | None, port: int | None
+    ) -> _Place | None:
         owner = self._owner(by_id)
         if owner is None:
             return None
         if owner.mode == "host":
-            return HOST_ADDRESS, "", Detour.HOST_NETWORK
+            return _Place(HOST_ADDRESS, port, Detour.HOST_NETWORK)
+        if owner.rootless and not any(network.reachable for network in owner.networks):
+            return self._published(owner, port)
         network = self._network(owner.networks, configured)
         if network is None:
             return None
@@ -203,7 +226,7 @@ class _Picker:
             )
             return None
         address6 = network.address6 if network.address else ""
-        return address, address6, _detour(owner, network)
+        return _Place(address, port, _detour(owner, network), address6)
 
     def _owner(self, by_id: Mapping[tuple[str, str], Container]) -> Container | None:
         # a container may live in the network of another one, that one in a third
@@ -219,6 +242,16 @@ class _Picker:
             seen.add(target)
             owner = found
         return owner
+
+    def _published(self, owner: Container, port: int | None) -> _Place | None:
+        for published in owner.published:
+            if published.port == port:
+                return _Place(published.address, published.host_port, Detour.ROOTLESS)
+        if port is not None:
+            detail = "the engine is rootless and its networks can not be reached from here; "
+            wanted = self._spec.network or ""
+            self._problem(Code.NO_NETWORK, "network", wanted, f"{detail}publish port {port}")
+        return None
 
     def _network(self, networks: tuple[Network, ...], configured: str | None) -> Network | None:
         wanted = self._spec.network

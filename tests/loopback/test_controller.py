@@ -73,6 +73,7 @@ class Engine:
             "address": address,
             "status": "running",
             "mode": "bridge",
+            "ports": None,
             "network": {},
             "networks": {},
             **changes,
@@ -175,7 +176,7 @@ class Engine:
                     "Networks": {"bridge": bridge, **container["networks"]}
                     if container["address"]
                     else {},
-                    "Ports": None,
+                    "Ports": container["ports"],
                 },
             }
         )
@@ -438,31 +439,39 @@ def test_networks_whose_containers_may_be_clients_are_told(tmp_path: Path) -> No
     play(tmp_path, scene)
 
 
+IN_NETWORK = "127.0.0.2", 443, ""
+AT_HOST = "127.0.0.1", 8443, "rootless"
+
+
 @pytest.mark.parametrize(
-    ("info", "detour"),
+    ("info", "place"),
     [
-        ({"SecurityOptions": ["name=seccomp,profile=default", "name=rootless"]}, "rootless"),
-        ({"Rootless": True, "SecurityOptions": []}, "rootless"),
-        ({"Rootless": False, "SecurityOptions": None}, ""),
-        (None, ""),
+        ({"SecurityOptions": ["name=seccomp,profile=default", "name=rootless"]}, AT_HOST),
+        ({"Rootless": True, "SecurityOptions": []}, AT_HOST),
+        ({"Rootless": False, "SecurityOptions": None}, IN_NETWORK),
+        (None, IN_NETWORK),
     ],
     ids=["Docker", "Podman", "root", "forbidden"],
 )
 def test_engine_is_asked_once_whether_it_is_rootless(
-    tmp_path: Path, info: dict[str, Any] | None, detour: str
+    tmp_path: Path, info: dict[str, Any] | None, place: tuple[str, int, str]
 ) -> None:
     """
     The answer holds for a connection; without one the routes are served nevertheless.
+
+    A rootless engine's containers are not where this host has a network that looks like theirs.
     """
 
     async def scene(house: House) -> None:
         house.engine.info = info
-        house.engine.run("a", "127.0.0.2")
+        places = [{"HostIp": "0.0.0.0", "HostPort": "8443"}, {"HostIp": "::", "HostPort": "8443"}]
+        house.engine.run("a", "127.0.0.2", ports={"80/tcp": None, "443/tcp": places})
         async with house.controller(relist_interval=0.05):
             await until(lambda: len(house.engine.lists) > 3, "several lists")
             await until(lambda: house.router.pools, "a table")
 
-            assert {"a": detour} == house.router.detours
+            ((backend,),) = (route.backends for route in house.router.routes)
+            assert place == (backend.address, backend.port, backend.detour)
             assert 1 == house.engine.infos
 
     play(tmp_path, scene)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.core.plan import Changes, Container, Network, carry, diff, plan, pool
+from controller.core.plan import Changes, Container, Network, Published, carry, diff, plan, pool
 from controller.core.problems import Severity
 from controller.core.routes import Backend, Detour, Route
 
@@ -129,6 +129,50 @@ def test_network_is_named_with_or_without_its_project(name: str) -> None:
     container = box("app", net(name), labels=labels(host="a.example.com", network="web"))
 
     assert "198.51.100.2" == only_backend(container).address
+
+
+FAR = net(reachable=False)
+NAMED = labels(host="a.example.com", network="web")
+
+
+@pytest.mark.parametrize(
+    ("container", "place"),
+    [
+        (box("app", FAR, rootless=True), ("127.0.0.1", 8443, "rootless")),
+        (box("app", FAR, rootless=True, labels=NAMED), ("127.0.0.1", 8443, "rootless")),
+        (box("app", FAR, net("b"), rootless=True), ("198.51.100.2", 443, "rootless")),
+        (box("app", FAR, labels=NAMED), ("198.51.100.2", 443, "not_local")),
+        (box("app", FAR, rootless=True, mode="host"), ("127.0.0.1", 443, "host_network")),
+    ],
+    ids=["far", "named", "near", "root", "host"],
+)
+def test_container_of_a_rootless_engine_is_where_its_port_is_published(
+    container: Container, place: tuple[str, int, str]
+) -> None:
+    """
+    That goes before networks that can not be reached, whoever named one, and after one that can.
+    """
+    published = Published(80, "127.0.0.1", 8080), Published(443, "127.0.0.1", 8443)
+    backend = only_backend(replace(container, published=published))
+
+    assert place == (backend.address, backend.port, backend.detour)
+
+
+@pytest.mark.parametrize("wishes", [labels(host="a.example.com"), NAMED], ids=["free", "named"])
+def test_container_of_a_rootless_engine_that_publishes_nothing_is_told_to(
+    wishes: dict[str, str],
+) -> None:
+    """
+    No route leads into a network that can not be reached, and the problem says what would help.
+    """
+    published = (Published(80, "127.0.0.1", 8080),)
+    container = box("app", FAR, rootless=True, labels=wishes, published=published)
+    result = plan([container])
+
+    assert () == result.routes
+    (problem,) = result.problems
+    assert "no-network" == problem.code
+    assert problem.detail.endswith("publish port 443")
 
 
 def test_exact_network_name_wins_over_a_suffix() -> None:
