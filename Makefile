@@ -18,7 +18,7 @@ BUILD_PACKAGES := clang gcc libbpf-dev libc6-dev libnftables1 libseccomp-dev lib
 	python3-dev python3-venv
 DEMO_PACKAGES := ca-certificates containerd docker.io iproute2 iptables util-linux
 TEST_PACKAGES := $(DEMO_PACKAGES) aardvark-dns bpftool clang-format curl debootstrap haproxy netavark nftables nginx \
-	libnginx-mod-stream openssl podman procps runc slirp4netns strace
+	libnginx-mod-stream openssl podman procps runc slirp4netns strace uidmap
 BENCH_PACKAGES := iperf3 nghttp2-client sniproxy wrk
 
 # an engine that is named need not be here

@@ -86,11 +86,14 @@ def remove_caddy(api: docker.DockerClient) -> None:
 class App:
     """
     A running, labelled container; *root* is the CA that its certificates are from.
+
+    *at* is where it serves, if that is not its own address.
     """
 
     engine: "Engine"
     container: Any
     root: str
+    at: fetch.Endpoint | None = None
 
     @classmethod
     def run(
@@ -102,33 +105,38 @@ class App:
         sites: str | None = None,
         address: str | None = None,
         serve: bool = True,
+        at: fetch.Endpoint | None = None,
+        **options: Any,
     ) -> Self:
         """
         Run an app that serves *sites*, by default the hosts of its labels; return once it does.
 
-        One that is not to *serve* is only there, for instance to take an address.
+        One that is not to *serve* is only there, for instance to take an address.  *options* are
+        the engine's; one that serves in no network of its own has a `network_mode` among them.
 
         Raises:
             HarnessError: It does not serve in time; its log is in the notes.
         """
         named = sites or ",".join(v for k, v in labels.items() if k.endswith("host"))
         hosts = [host.strip() for host in named.split(",")]
-        network = engine.network.name
+        if "network_mode" not in options:
+            network = engine.network.name
+            options["network"] = network
+            options["networking_config"] = {network: EndpointConfig("1.41", ipv4_address=address)}
         container = engine.api.containers.run(
             IMAGE,
             detach=True,
             name=name,
             labels=labels,
             environment={"APP": name, "SITES": ", ".join(hosts)},
-            network=network,
-            networking_config={network: EndpointConfig("1.41", ipv4_address=address)},
+            **options,
             **engine.run_options,
         )
         try:
             root = wait_for(f"app {name} has its CA", lambda: _read_root(container))
-            app = cls(engine, container, root)
+            app = cls(engine, container, root, at)
             if serve:
-                app.wait_until_serving(hosts[0])
+                app.wait_until_serving(hosts[0].partition(":")[0])
         except HarnessError as err:
             err.add_note(container.logs().decode(errors="replace")[-3000:])
             container.remove(force=True)
@@ -156,7 +164,7 @@ class App:
         """
         Where the container itself serves, past sniroute.
         """
-        return self.address, 443
+        return self.at or (self.address, 443)
 
     def wait_until_serving(self, host: str) -> fetch.Answer:
         """

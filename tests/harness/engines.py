@@ -21,7 +21,7 @@ from harness import roots
 from harness.apps import App, import_caddy, remove_caddy
 from harness.fetch import Endpoint
 from harness.machines import HOST_ADDRESS, Here, Machine, join
-from harness.tools import HarnessError, find_program, wait_for
+from harness.tools import HarnessError, find_program, run, wait_for
 
 SUBNET = "198.18.65.0/24"
 """The network of the labelled containers, from the range for benchmarks (RFC 2544)."""
@@ -80,6 +80,21 @@ class Engine:
         """
         return App.run(self, name, labels, **options)
 
+    def inside(self, container: Any) -> Here:
+        """
+        Find the own network of *container*, to be on as its processes are.
+        """
+        container.reload()
+        # the engine tells the number that the process has on its own machine
+        pid = container.attrs["State"]["Pid"]
+        network = Path(f"/proc/{self.host.pid}/root/proc/{pid}/ns/net").stat().st_ino
+        here = Here()
+        for here.pid in psutil.pids():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{here.pid}/ns/net").stat().st_ino == network:
+                    return here
+        raise HarnessError(f"{container.name} has no process")
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -92,6 +107,7 @@ class Kind:
     needs: tuple[tuple[str, str], ...]
     podman: bool = False
     root_packages: tuple[str, ...] = ()
+    rootless: bool = False
 
 
 DOCKER = Kind("docker-20", "20.10.", (("dockerd", "docker.io"), ("iptables", "iptables")))
@@ -107,6 +123,34 @@ PODMAN = Kind(
 
 KINDS = (DOCKER, DOCKER_TRIXIE, PODMAN)
 
+PODMAN_ROOTLESS = Kind(
+    "podman-rootless",
+    "4.3.",
+    (*PODMAN.needs, ("newuidmap", "uidmap"), ("slirp4netns", "slirp4netns")),
+    podman=True,
+    rootless=True,
+)
+"""Its containers are on networks of their own, where no test but those for that looks for them."""
+
+USER = 4430
+"""The user of a rootless engine: of no account on the machine that we are on."""
+
+_ADD_USER = """
+set -e
+home=$1 user=$2
+mkdir -p "$home" "/run/user/$user"
+cp /etc/passwd /run/passwd
+echo "rootless:x:$user:$user::$home:/bin/sh" >> /run/passwd
+mount --bind /run/passwd /etc/passwd
+echo "rootless:200000:65536" > /run/subid
+mount --bind /run/subid /etc/subuid
+mount --bind /run/subid /etc/subgid
+(umask 0 && mknod /run/tun c 10 200)
+mount --bind /run/tun /dev/net/tun
+chown "$user:$user" "$home" "/run/user/$user"
+"""
+"""Only this machine sees what is mounted; its /dev/net/tun is open to all, as udev makes it."""
+
 
 class Daemon:
     """
@@ -118,7 +162,8 @@ class Daemon:
             find_program(program, package)
         self.kind = kind
         self.share = Path(tempfile.mkdtemp(prefix="sniroute-"))
-        self.socket = self.share / "engine.sock"
+        self._home = self.share / "home"
+        self.socket = (self._home if kind.rootless else self.share) / "engine.sock"
         self.url = f"unix://{self.socket}"
         self._log = self.share / "engine.log"
         self._entered: subprocess.Popen[bytes] | None = None
@@ -133,6 +178,9 @@ class Daemon:
             self.host = self._undo.enter_context(Machine(self.share, root))
             self.client = self._undo.enter_context(Machine(self.share))
             join(self.host, self.client)
+            if kind.rootless:
+                self.share.chmod(0o711)
+                run(*self.host.inside("sh", "-c", _ADD_USER, "add", self._home, str(USER)))
             self.start()
             undo.pop_all()
 
@@ -150,8 +198,9 @@ class Daemon:
         Use it, for labelled containers.
         """
         front = (HOST_ADDRESS, 443)
-        group = f"/{self.share.name}"
-        return Engine(self.url, self.share, self.host, self.client, front, cgroup_parent=group)
+        # a user may make no group
+        group = {} if self.kind.rootless else {"cgroup_parent": f"/{self.share.name}"}
+        return Engine(self.url, self.share, self.host, self.client, front, **group)
 
     def start(self) -> None:
         """
@@ -171,6 +220,9 @@ class Daemon:
         except HarnessError as err:
             err.add_note(self._log.read_text()[-3000:])
             raise
+        if self.kind.rootless:
+            # the product runs as root without a capability: to it, as to anyone, a user's is shut
+            self.socket.chmod(0o666)
 
     def kill(self) -> None:
         """
@@ -217,13 +269,16 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 [network]
 network_backend = "netavark"
-network_config_dir = "{self.share}/networks"
+network_config_dir = "{self._home if self.kind.rootless else self.share}/networks"
 default_subnet = "198.18.0.0/24"
 """)
+        environment = {"CONTAINERS_CONF": str(config)}
         command = ("podman", "--root", self.share / "data", "--runroot", "/run/containers")
-        return [*command, "system", "service", "--time=0", self.url], {
-            "CONTAINERS_CONF": str(config)
-        }
+        if self.kind.rootless:
+            environment |= {"HOME": str(self._home), "XDG_RUNTIME_DIR": f"/run/user/{USER}"}
+            user = ("setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "--")
+            command = (*user, "podman", "--storage-driver", "vfs")
+        return [*command, "system", "service", "--time=0", self.url], environment
 
 
 def _limits() -> list[Ulimit]:

@@ -6,11 +6,9 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import docker
-import psutil
 from docker.types import EndpointConfig
 
 from harness import fetch
@@ -118,16 +116,7 @@ class Witness:
         """
         Find the container's own network, to be on as its processes are.
         """
-        self.container.reload()
-        # the engine tells the number that the process has on its own machine
-        pid = self.container.attrs["State"]["Pid"]
-        network = Path(f"/proc/{self.engine.host.pid}/root/proc/{pid}/ns/net").stat().st_ino
-        here = Here()
-        for here.pid in psutil.pids():
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{here.pid}/ns/net").stat().st_ino == network:
-                    return here
-        raise HarnessError(f"{self.container.name} has no process")
+        return self.engine.inside(self.container)
 
     def remove(self) -> None:
         """
