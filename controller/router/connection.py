@@ -329,7 +329,7 @@ class Connection:
 
     def _dial(self, backend: Backend, choice: Choice) -> bool:
         """
-        Begin to connect to *backend*; tell whether there is anything to wait for.
+        Connect to *backend*; tell whether it is done, or there is anything to wait for.
         """
         router = self._router
         settings = router.settings
@@ -344,10 +344,13 @@ class Connection:
             settings.receive_buffer,
             KEEPALIVE_IDLE,
             router.loop.epoll_fd,
+            router.connected,
         )
         if fd < 0:
             return self._dial_again(-fd)
         self._connecting = fd
+        if router.connected[0]:
+            return self._hand_over()
         router.loop.handlers[fd] = self._on_connected
         tried = choice.transparent and router.transparency.mode(backend) == ClientIp.AUTO
         patience = settings.transparent_timeout if tried else settings.connect_timeout
@@ -374,26 +377,38 @@ class Connection:
 
     def _connect_timeout(self) -> None:
         self._timer = None
-        self._failed_to_connect(errno.ETIMEDOUT)
-
-    def _failed_to_connect(self, error: int) -> None:
-        self._cancel_timer()
-        self._router.loop.close(self._connecting)
-        self._connecting = -1
-        if not self._dial_again(error):
+        if not self._failed_to_connect(errno.ETIMEDOUT):
             self._dial_next()
 
+    def _failed_to_connect(self, error: int) -> bool:
+        """
+        Give this connection to the backend up; tell whether there is another to wait for.
+        """
+        self._router.loop.close(self._connecting)
+        self._connecting = -1
+        return self._dial_again(error)
+
     def _on_connected(self, events: int) -> None:
-        if events & (select.EPOLLERR | select.EPOLLHUP):
-            self._failed_to_connect(lib.socket_error(self._connecting) or errno.ECONNRESET)
-            return
         self._cancel_timer()
+        if events & (select.EPOLLERR | select.EPOLLHUP):
+            error = lib.socket_error(self._connecting) or errno.ECONNRESET
+            done = self._failed_to_connect(error)
+        else:
+            done = self._hand_over()
+        if not done:
+            self._dial_next()
+
+    def _hand_over(self) -> bool:
+        """
+        Have the best hand-off that takes them move the bytes of both sockets.
+
+        A backend that fails now is one that did not accept: see `_failed_to_connect`.
+        """
         self.connect_seconds = time.monotonic() - self.dialled
         try:
             prelude = self._begin()
         except OSError as err:
-            self._failed_to_connect(err.errno or errno.EIO)
-            return
+            return self._failed_to_connect(err.errno or errno.EIO)
         backend, self._connecting = self._connecting, -1
         for handoff in self._router.ladder:
             try:
@@ -406,7 +421,8 @@ class Connection:
             else:
                 self.result = "forwarded"
                 self._router.handed_over(self)
-                return
+                break
+        return True
 
     def _begin(self) -> Prelude:
         """

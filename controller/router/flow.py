@@ -126,7 +126,7 @@ class Flow:
 
     def watch(self, events: int) -> None:
         """
-        Hear of *events* of both sockets; of what holds already too.
+        Hear of *events* of both sockets; of what holds already too, and of what is queued.
         """
         client, backend = self.fds
         self.loop.handlers[client] = self.on_client

@@ -30,10 +30,13 @@ def accept(router: "Router", listener: int) -> int:
         if fd >= 0:
             connection = Connection(router, fd, arrival, began)
             router.connections.add(connection)
-            if router.trusts(connection.peer[0]):
-                connection.expect_header()
-            else:
-                connection.read(arrival.reading)
+            try:
+                if router.trusts(connection.peer[0]):
+                    connection.expect_header()
+                else:
+                    connection.read(arrival.reading)
+            except Exception as err:  # noqa: BLE001 - the root of all that an arrival does
+                router.loop.fault(connection.read, err)
         elif fd == -errno.EAGAIN:
             return 0
         elif fd not in (-errno.ECONNABORTED, -errno.EINTR, -errno.EPROTO):

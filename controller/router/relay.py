@@ -69,7 +69,6 @@ class RelayFlow(Flow):
         """
         Listen to both sockets; what they have queued is an event already.
         """
-        lib.kick(self.fds[Side.CLIENT])
         self.watch(MOVES)
 
     def on(self, side: Side, events: int) -> None:

@@ -84,6 +84,7 @@ class Router:
         self.connections: set[Connection] = set()
         self.arrival: Any = ffi.new("struct arrival *")
         self.reading: Any = ffi.new("struct reading *")
+        self.connected: Any = ffi.new("bool *")
         self.looked_at: Any = ffi.new("const unsigned char **")
         self.taken: Any = ffi.new("unsigned char[]", TAKE_LIMIT)
         self.trusts = _membership(settings.proxy_protocol_from)

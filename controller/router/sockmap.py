@@ -150,8 +150,6 @@ class SockmapFlow(Flow):
         Listen for the ends, then have the kernel look at what is queued: the hello goes first.
         """
         self.watch(ENDED)
-        for fd in self.fds:
-            lib.kick(fd)
 
     def on(self, side: Side, events: int) -> None:
         """

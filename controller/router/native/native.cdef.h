@@ -61,10 +61,9 @@ int local_endpoint(int fd, struct endpoint *local);
 int discard(int fd, size_t budget);
 int refuse(int fd, const void *alert, size_t size, size_t budget);
 int dial(const void *to, int size, const void *client, int receive_buffer, int keepalive_idle,
-	 int epoll);
+	 int epoll, bool *connected);
 int socket_options(int fd, int receive_buffer, int keepalive_idle);
 int socket_error(int fd);
-void kick(int fd);
 void watch(int epoll, int fd, uint32_t events);
 void watch_pair(int epoll, int client, int backend, uint32_t events);
 void half_close(int fd);

@@ -148,8 +148,22 @@ static int bind_as_client(int fd, const struct sockaddr *client, int size, bool 
 	return 0;
 }
 
+/* Connect; a backend on this host has answered before the call returns, as a second one tells.
+ *
+ * Returns 0, -EINPROGRESS when it has not answered yet, -errno.
+ */
+static int try_connect(int fd, const struct sockaddr *to, int size)
+{
+	if (!connect(fd, to, size))
+		return 0;
+	if (errno == EINPROGRESS && !connect(fd, to, size))
+		return 0;
+	return errno == EALREADY ? -EINPROGRESS : -errno;
+}
+
 static int dial_once(const struct sockaddr *to, int size, const struct sockaddr *client,
-		     bool own_port, int receive_buffer, int keepalive_idle, int epoll)
+		     bool own_port, int receive_buffer, int keepalive_idle, int epoll,
+		     bool *connected)
 {
 	struct epoll_event event = { .events = EPOLLOUT | EPOLLET };
 	int fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP);
@@ -161,10 +175,11 @@ static int dial_once(const struct sockaddr *to, int size, const struct sockaddr 
 	err = socket_options(fd, receive_buffer, keepalive_idle);
 	if (!err && client)
 		err = bind_as_client(fd, client, size, own_port);
-	if (!err && connect(fd, to, size) && errno != EINPROGRESS)
-		err = -errno;
-	if (!err && epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
-		err = -errno;
+	if (!err)
+		err = try_connect(fd, to, size);
+	*connected = !err;
+	if (err == -EINPROGRESS)
+		err = epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 	if (err) {
 		close(fd);
 		return err;
@@ -172,19 +187,21 @@ static int dial_once(const struct sockaddr *to, int size, const struct sockaddr 
 	return fd;
 }
 
-/* Begin to connect to *to*, from the address *client* of the same family unless that is NULL;
- * *epoll* tells of the outcome as EPOLLOUT, EPOLLERR or EPOLLHUP.
+/* Begin to connect to *to*, from the address *client* of the same family unless that is NULL.
+ * Of an outcome that is still to come *epoll* tells as EPOLLOUT, EPOLLERR or EPOLLHUP.
  *
  * Returns the descriptor or -errno.
  */
 int dial(const void *to, int size, const void *client, int receive_buffer, int keepalive_idle,
-	 int epoll)
+	 int epoll, bool *connected)
 {
-	int fd = dial_once(to, size, client, true, receive_buffer, keepalive_idle, epoll);
+	int fd =
+		dial_once(to, size, client, true, receive_buffer, keepalive_idle, epoll, connected);
 
 	/* the client's port is taken, or not for us to take */
 	if (client && (fd == -EADDRINUSE || fd == -EADDRNOTAVAIL || fd == -EACCES))
-		fd = dial_once(to, size, client, false, receive_buffer, keepalive_idle, epoll);
+		fd = dial_once(to, size, client, false, receive_buffer, keepalive_idle, epoll,
+			       connected);
 	return fd;
 }
 
@@ -230,7 +247,7 @@ int socket_error(int fd)
 /* Have the kernel announce what is queued: the verdict of a joined socket runs over it
  * (tcp_set_rcvlowat calls tcp_data_ready).
  */
-void kick(int fd)
+static void kick(int fd)
 {
 	int lowat = 1;
 
@@ -246,16 +263,21 @@ void watch(int epoll, int fd, uint32_t events)
 		epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
 }
 
-/* The same for both sockets of a connection: the backend's is registered since its dial, the
- * client's only if its hello made us wait.
+/* The same for both sockets of a connection, which are registered only if the hello or the
+ * backend made us wait; then have the kernel announce what is queued in them.
  */
 void watch_pair(int epoll, int client, int backend, uint32_t events)
 {
-	struct epoll_event event = { .events = events, .data.fd = client };
+	int fds[2] = { client, backend };
 
-	if (epoll_ctl(epoll, EPOLL_CTL_ADD, client, &event))
-		epoll_ctl(epoll, EPOLL_CTL_MOD, client, &event);
-	watch(epoll, backend, events);
+	for (int i = 0; i < 2; i++) {
+		struct epoll_event event = { .events = events, .data.fd = fds[i] };
+
+		if (epoll_ctl(epoll, EPOLL_CTL_ADD, fds[i], &event))
+			epoll_ctl(epoll, EPOLL_CTL_MOD, fds[i], &event);
+	}
+	kick(client);
+	kick(backend);
 }
 
 /* --- the end --- */
