@@ -527,14 +527,14 @@ def test_a_spoofed_header_is_refused(house: House, version: Version) -> None:
 
 def test_off_lays_nothing_and_needs_nothing(lab: Lab) -> None:
     """
-    With --client-ip off the host is as it was, and the router has no capability at all.
+    With --client-ip off, and none of the packet hand-off, the router has no capability at all.
     """
     app = lab.container(2)
     lab.witness(app)
     before = lab.state()
     must = route("must.test", app.address[4], client_ip="transparent")
     routes = route("app.test", app.address[4]) + must
-    with lab.product("--client-ip", "off", routes=routes) as sniroute:
+    with lab.product("--client-ip", "off", "--handoff", "sockmap", routes=routes) as sniroute:
         sets = privileges(sniroute.router())
         answer = lab.ask("app.test")
         with pytest.raises(RefusedError, match=f"^{INTERNAL_ERROR}$"):
