@@ -6,6 +6,7 @@ The routes file: static routes for backends that are no containers.
     backends = ["198.51.100.2:443", "[2001:db8::1]:443"]
     client-ip = "nat"              # auto, transparent or nat; else the router's default
     proxy-protocol = "v2"          # off, v1 or v2
+    handoff = "relay"              # auto, packet, sockmap or relay
 
 Rules of this file:
 
@@ -25,11 +26,13 @@ from typing import Any, TypeVar
 from controller.core.hostname import read_pattern
 from controller.core.plan import pool
 from controller.core.problems import Code, Problem
-from controller.core.routes import CLIENT_IPS, PROXY_PROTOCOLS, Backend, Route
+from controller.core.routes import CLIENT_IPS, HANDOFFS, PROXY_PROTOCOLS, Backend, Route
 
 SOURCE = "file"
 
 _T = TypeVar("_T")
+
+_KEYS = {"host", "backends", "client-ip", "proxy-protocol", "handoff"}
 
 _BACKEND = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]]+)):([0-9]{1,5})")
 
@@ -112,12 +115,15 @@ class _Reader:
             if not isinstance(entry, dict):
                 self._problem(where, entry, "not a table")
                 continue
-            self._only(entry, f"{where}.", {"host", "backends", "client-ip", "proxy-protocol"})
+            self._only(entry, f"{where}.", _KEYS)
             hosts = self._each(entry, where, "host", read_pattern)
             client_ip = self._word(entry, where, "client-ip", CLIENT_IPS)
             proxy_protocol = self._word(entry, where, "proxy-protocol", PROXY_PROTOCOLS) or "off"
+            handoff = self._word(entry, where, "handoff", HANDOFFS) or "auto"
             for address in self._each(entry, where, "backends", read_backend):
-                backend = replace(address, client_ip=client_ip, proxy_protocol=proxy_protocol)
+                backend = replace(
+                    address, client_ip=client_ip, proxy_protocol=proxy_protocol, handoff=handoff
+                )
                 for host in hosts:
                     if taken.setdefault((host, backend.name), backend) != backend:
                         detail = f"an earlier route has {backend.name} with other settings"

@@ -36,7 +36,7 @@ ENGINE_SCHEMES = ("unix://", "tcp://", "http://", "https://")
 
 class HandoffChoice(StrEnum):
     """
-    Which hand-off to use; `auto` takes the best that the start-up self-test proved.
+    The best hand-off to use; `auto` takes the best that the start-up self-test proved.
     """
 
     AUTO = "auto"
@@ -151,8 +151,9 @@ class RouterSettings(CommonSettings):
     )
     handoff: HandoffChoice = Field(
         HandoffChoice.AUTO,
-        description="How bytes move after the hello: sockmap (in the kernel), relay (in user "
-        "space), or auto: the best that passes the self-test at start.",
+        description="How bytes move after the hello: packet (the kernel translates packets), "
+        "sockmap (the kernel joins sockets), relay (in user space), or auto: the best that passes "
+        "the self-test at start.  Where one does not take a connection, the next one does.",
     )
     bpffs: Path = Field(
         Path("/sys/fs/bpf"),

@@ -6,6 +6,7 @@ The labels of one container: what they ask for, and what is wrong with them.
     sniroute.network         the container network to reach it by
     sniroute.client-ip       auto, transparent or nat: whose address the container sees
     sniroute.proxy-protocol  off, v1 or v2: the header that it wants before the hello
+    sniroute.handoff         auto, packet, sockmap or relay: the best hand-off that it may have
     sniroute.enable          false: nothing of this container
     sniroute.NAME.KEY        the same for a further route; .enable=false switches off only that
 
@@ -24,11 +25,11 @@ from difflib import get_close_matches
 
 from controller.core.hostname import HostnameError, read_pattern
 from controller.core.problems import Code, Problem
-from controller.core.routes import CLIENT_IPS, PROXY_PROTOCOLS
+from controller.core.routes import CLIENT_IPS, HANDOFFS, PROXY_PROTOCOLS
 
 PREFIX = "sniroute."
 
-_KEYS = ("host", "port", "network", "client-ip", "proxy-protocol", "enable")
+_KEYS = ("host", "port", "network", "client-ip", "proxy-protocol", "handoff", "enable")
 _LABEL = re.compile(
     r"sniroute\.(?:(?!(?:{keys})\.)([A-Za-z0-9_-]+)\.)?({keys})".format(keys="|".join(_KEYS))
 )
@@ -43,7 +44,7 @@ class RouteSpec:
     """
     One route that a container's labels ask for; *name* is empty for the short form.
 
-    *client_ip* and *proxy_protocol* are as in `Backend`.
+    *client_ip*, *proxy_protocol* and *handoff* are as in `Backend`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class RouteSpec:
     network: str | None
     client_ip: str = ""
     proxy_protocol: str = "off"
+    handoff: str = "auto"
 
     def label(self, key: str) -> str:
         """
@@ -128,10 +130,13 @@ class _Reader:
         proxy_protocol = self._word(
             name, values, "proxy-protocol", PROXY_PROTOCOLS, Code.BAD_PROXY_PROTOCOL
         )
+        handoff = self._word(name, values, "handoff", HANDOFFS, Code.BAD_HANDOFF)
         if not hosts or len(self._problems) > before:
             return None
         network = values.get("network")
-        return RouteSpec(name, hosts, port, network, client_ip, proxy_protocol or "off")
+        return RouteSpec(
+            name, hosts, port, network, client_ip, proxy_protocol or "off", handoff or "auto"
+        )
 
     def _hosts(self, label: str, value: str) -> tuple[str, ...]:
         hosts: dict[str, None] = {}

@@ -132,6 +132,7 @@ def plan(
                     spec.proxy_protocol,
                     place.detour,
                     place.address6,
+                    spec.handoff,
                 )
                 pairs += [(host, backend) for host in spec.hosts]
     return Plan(pool(pairs), tuple(sorted(set(problems))))

@@ -33,6 +33,7 @@ class Code(StrEnum):
     BAD_PORT = "bad-port"
     BAD_CLIENT_IP = "bad-client-ip"
     BAD_PROXY_PROTOCOL = "bad-proxy-protocol"
+    BAD_HANDOFF = "bad-handoff"
     NO_PORT = "no-port"
     AMBIGUOUS_PORT = "ambiguous-port"
     UNKNOWN_NETWORK = "unknown-network"

@@ -16,6 +16,8 @@ CATCH_ALL = "*"
 
 CLIENT_IPS = ("auto", "transparent", "nat")
 PROXY_PROTOCOLS = ("off", "v1", "v2")
+HANDOFFS = ("auto", "packet", "sockmap", "relay")
+"""All hand-offs, the best first; `auto` stands for the best that there is."""
 
 
 class Detour(StrEnum):
@@ -46,7 +48,8 @@ class Backend:
     static backend; *source* is the engine, or the routes file, that told of it.  *client_ip* is
     one of CLIENT_IPS, or empty for the router's default; *proxy_protocol* is one of
     PROXY_PROTOCOLS; *detour* is a `Detour`; *address6* is an IPv6 literal where *address* is an
-    IPv4 one and there are both, else empty.
+    IPv4 one and there are both, else empty; *handoff* is one of HANDOFFS, the first that its
+    connections may take.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Backend:
     proxy_protocol: str = "off"
     detour: str = Detour.NONE
     address6: str = ""
+    handoff: str = "auto"
 
     def reached_from(self, version: int) -> str:
         """

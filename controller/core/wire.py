@@ -24,6 +24,7 @@ from typing import Any
 from controller.core.hostname import read_pattern
 from controller.core.routes import (
     CLIENT_IPS,
+    HANDOFFS,
     PROXY_PROTOCOLS,
     Backend,
     Detour,
@@ -128,6 +129,7 @@ def dump_routes(routes: Iterable[Route]) -> list[Message]:
                     "client_ip": b.client_ip,
                     "proxy_protocol": b.proxy_protocol,
                     "detour": b.detour,
+                    "handoff": b.handoff,
                 }
                 for b in route.backends
             ],
@@ -259,6 +261,7 @@ def _read_backend(item: object, where: str) -> Backend:
         _word(entry["proxy_protocol"], f"{where}.proxy_protocol", PROXY_PROTOCOLS),
         _word(entry["detour"], f"{where}.detour", _DETOURS),
         address6,
+        _word(entry["handoff"], f"{where}.handoff", HANDOFFS),
     )
 
 

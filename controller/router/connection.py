@@ -410,7 +410,7 @@ class Connection:
         except OSError as err:
             return self._failed_to_connect(err.errno or errno.EIO)
         backend, self._connecting = self._connecting, -1
-        for handoff in self._router.ladder:
+        for handoff in self._router.rungs(self):
             try:
                 self.flow = handoff.take(self.fd, backend, self._on_over, prelude)
             except Refused as refusal:

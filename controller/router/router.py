@@ -14,7 +14,7 @@ from typing import Any, Final
 import structlog
 
 from bpfprog import MAX_CONNECTIONS
-from controller.core.routes import Backend, Route, RouteTable
+from controller.core.routes import HANDOFFS, Backend, Route, RouteTable
 from controller.core.session import Side
 from controller.router._native import ffi
 from controller.router.connection import TAKE_LIMIT, Connection
@@ -145,6 +145,17 @@ class Router:
         turn = self._turns.get(route.host, 0) % len(backends)
         self._turns[route.host] = turn + 1
         return [*backends[turn:], *backends[:turn]][::-1]
+
+    def rungs(self, connection: Connection) -> Sequence[Handoff]:
+        """
+        The hand-offs to try in turn: the ladder, from the best that the backend may have.
+        """
+        backend = connection.backend
+        assert backend is not None  # noqa: S101 - it is connected
+        best = HANDOFFS.index(backend.handoff)
+        if not best:
+            return self.ladder
+        return [rung for rung in self.ladder if HANDOFFS.index(rung.name) >= best]
 
     def connect_error(self, connection: Connection, error: str) -> None:
         """

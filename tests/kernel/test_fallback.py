@@ -30,6 +30,7 @@ from harness.ends import (
     read_exactly,
 )
 from harness.loopback import LOOPBACK, Product
+from harness.loopback import router as start_router
 from harness.operate import SNIROUTE, LoneRouter, access_lines, ask, lone_router, sniroute, table
 from harness.tools import CAPABILITIES, find_program, limited, wait_for
 
@@ -71,6 +72,25 @@ def router(tmp_path: Path, backend: Backend) -> Iterator[LoneRouter]:
 
 def without(*names: str) -> list[str]:
     return limited(*(name for name in CAPABILITIES if name not in names))
+
+
+# --- asked for ---
+
+
+def test_a_backend_may_ask_for_the_relay(backend: Backend) -> None:
+    """
+    A route that says so is relayed by a router that has better, and nothing was refused for it.
+    """
+    routes = {NAME: backend.address}
+    with (
+        start_router("sockmap", routes, keys={"handoff": "relay"}) as product,
+        connection(product.listen, backend),
+    ):
+        active = product.counts("sniroute_connections_active", "handoff")
+        refused = product.counts(REFUSALS, "handoff")
+
+    assert {"relay": 1} == active
+    assert {} == refused
 
 
 # --- without privileges ---

@@ -17,6 +17,7 @@ def show(reading: Reading) -> list[str]:
         f" port={spec.port or '-'} network={spec.network or '-'}"
         + (f" client-ip={spec.client_ip}" if spec.client_ip else "")
         + (f" proxy-protocol={spec.proxy_protocol}" if spec.proxy_protocol != "off" else "")
+        + (f" handoff={spec.handoff}" if spec.handoff != "auto" else "")
         for spec in reading.specs
     ] + [f"{p.code} {p.label}={p.value}: {p.detail}" for p in reading.problems]
 

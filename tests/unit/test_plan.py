@@ -300,7 +300,7 @@ def test_joined_container_takes_the_detours_of_its_owner() -> None:
 
 def test_backends_of_one_host_keep_their_own_settings() -> None:
     """
-    Containers of a pool may differ in how they want the client's address.
+    Containers of a pool may differ in how they want their connections.
     """
     plain = box("a")
     proxied = box("b", net(address="198.51.100.3"))
@@ -308,16 +308,19 @@ def test_backends_of_one_host_keep_their_own_settings() -> None:
         proxied,
         labels={**proxied.labels, "sniroute.client-ip": "nat", "sniroute.proxy-protocol": "v2"},
     )
+    relayed = box("c", net(address="198.51.100.4"))
+    relayed = replace(relayed, labels={**relayed.labels, "sniroute.handoff": "relay"})
 
-    (route,) = plan([plain, proxied]).routes
+    (route,) = plan([plain, proxied, relayed]).routes
 
-    assert [("a", "", "off"), ("b", "nat", "v2")] == [
-        (backend.name, backend.client_ip, backend.proxy_protocol) for backend in route.backends
+    assert [("a", "", "off", "auto"), ("b", "nat", "v2", "auto"), ("c", "", "off", "relay")] == [
+        (backend.name, backend.client_ip, backend.proxy_protocol, backend.handoff)
+        for backend in route.backends
     ]
 
 
-@pytest.mark.parametrize("key", ["client-ip", "proxy-protocol"])
-def test_backend_never_gets_the_client_in_a_way_it_did_not_ask_for(key: str) -> None:
+@pytest.mark.parametrize("key", ["client-ip", "proxy-protocol", "handoff"])
+def test_backend_never_gets_its_connections_in_a_way_it_did_not_ask_for(key: str) -> None:
     """
     A container whose wish can not be read is left out of the pool; the others serve.
     """

@@ -49,11 +49,13 @@ def test_settings_are_those_of_their_route() -> None:
     The backends of one host keep the settings of the route that they stand in.
     """
     proxied = one("a").replace(".2:", ".3:") + 'client-ip = "nat"\nproxy-protocol = "v2"\n'
+    proxied += 'handoff = "relay"\n'
 
     (route,) = read_routes_file(one("a") + proxied, "routes.toml").routes
 
-    assert [("198.51.100.2", "", "off"), ("198.51.100.3", "nat", "v2")] == [
-        (backend.address, backend.client_ip, backend.proxy_protocol) for backend in route.backends
+    assert [("198.51.100.2", "", "off", "auto"), ("198.51.100.3", "nat", "v2", "relay")] == [
+        (backend.address, backend.client_ip, backend.proxy_protocol, backend.handoff)
+        for backend in route.backends
     ]
 
 
@@ -75,7 +77,9 @@ def test_settings_are_those_of_their_route() -> None:
         (one("a") + 'client-ip = "off"', "route[0].client-ip", "auto, transparent, nat"),
         (one("a") + "proxy-protocol = 2", "route[0].proxy-protocol", "off, v1, v2"),
         (one("a") + 'proxy-protocol = ["v2"]', "route[0].proxy-protocol", "off, v1, v2"),
+        (one("a") + 'handoff = "splice"', "route[0].handoff", "auto, packet, sockmap, relay"),
         (one("a") + one("a") + 'proxy-protocol = "v1"', "route[1].host", "other settings"),
+        (one("a") + one("a") + 'handoff = "relay"', "route[1].host", "other settings"),
     ],
 )
 def test_problem_names_line_or_key_and_stops_the_file(text: str, key: str, detail: str) -> None:

@@ -8,9 +8,11 @@ import pytest
 from harness.values import OTHER
 from pydantic import ValidationError
 
+from controller.core.routes import HANDOFFS
 from controller.settings import (
     CommonSettings,
     ControllerSettings,
+    HandoffChoice,
     RouterSettings,
     RunSettings,
 )
@@ -141,3 +143,10 @@ def test_settings_do_not_change() -> None:
     """
     with pytest.raises(ValidationError, match="frozen"):
         RouterSettings().drain = 1
+
+
+def test_the_router_and_a_backend_may_ask_for_the_same_hand_offs() -> None:
+    """
+    What is a hand-off for `--handoff` is one for a label, in the same order.
+    """
+    assert HANDOFFS == tuple(HandoffChoice)

@@ -30,7 +30,7 @@ ROUTES = (
         (
             Backend("app", "docker", "198.51.100.2", 443),
             Backend("b", "file", "2001:db8::1", 8443, "transparent", "v2", "several_networks"),
-            Backend("c", "podman", "198.51.100.4", 443, address6="2001:db8::4"),
+            Backend("c", "podman", "198.51.100.4", 443, address6="2001:db8::4", handoff="relay"),
         ),
     ),
     Route("app.example.com", (Backend("app", "docker", "198.51.100.2", 443),)),
@@ -96,9 +96,9 @@ def test_line_without_end_is_refused() -> None:
 
 def test_old_backend_is_refused() -> None:
     """
-    A backend that does not say how it wants the client's address is refused, not guessed.
+    A backend that does not say how it wants its connections is refused, not guessed.
     """
-    for member in ("address6", "client_ip", "proxy_protocol", "detour"):
+    for member in ("address6", "client_ip", "proxy_protocol", "detour", "handoff"):
         routes = dump_routes(ROUTES)
         del routes[0]["backends"][0][member]
 
@@ -141,6 +141,8 @@ def _broken(path: list[Any], value: Any) -> list[Any]:
         ([0, "backends", 1, "proxy_protocol"], 2, "routes[0].backends[1].proxy_protocol"),
         ([0, "backends", 1, "detour"], "mobius", "routes[0].backends[1].detour"),
         ([0, "backends", 1, "detour"], [], "routes[0].backends[1].detour"),
+        ([0, "backends", 1, "handoff"], "", "routes[0].backends[1].handoff"),
+        ([0, "backends", 1, "handoff"], "splice", "routes[0].backends[1].handoff"),
     ],
 )
 def test_bad_member_is_named(path: list[Any], value: Any, where: str) -> None:
