@@ -187,6 +187,7 @@ def _choose(
         try:
             prove_packet(loop, handoff)
             router.devices = Devices(packet.follow)
+            handoff.on_freed = router.freed
             router.packet = handoff
             ladder.insert(0, handoff)
         except (SelfTestFailed, OSError) as err:

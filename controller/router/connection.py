@@ -335,17 +335,10 @@ class Connection:
         settings = router.settings
         self.choice = choice
         address = backend_address(self.address, backend.port)
-        source = socket_address(*self.client) if choice.transparent else ffi.NULL
+        source = socket_address(*self.client) if choice.transparent else None
+        like, ports = router.likeness(self)
         self.dialled = time.monotonic()
-        fd = lib.dial(
-            address,
-            len(address),
-            source,
-            settings.receive_buffer,
-            KEEPALIVE_IDLE,
-            router.loop.epoll_fd,
-            router.connected,
-        )
+        fd = router.dial(address, source, like, ports)
         if fd < 0:
             return self._dial_again(-fd)
         self._connecting = fd

@@ -106,6 +106,13 @@ class Flow:
         self.session = Session()
         self._over = over
 
+    @property
+    def holds_sockets(self) -> bool:
+        """
+        Whether there are sockets yet, with which the connection would end.
+        """
+        return True
+
     def on_client(self, events: int) -> None:
         """
         Hear of the client's socket.

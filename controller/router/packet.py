@@ -28,6 +28,7 @@ from controller.core.session import Side
 from controller.router._native import ffi, lib
 from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused, forgotten
 from controller.router.loop import Loop
+from controller.router.ports import Ports
 
 TICK: Final = 1.0
 """Seconds between looks at what has waited: acknowledgements, numbers in quarantine."""
@@ -64,16 +65,18 @@ class PacketHandoff:
         self.packet = packet
         self.patience = patience
         self.idle = idle
+        self.ports = Ports()
         self.flows: dict[int, PacketFlow] = {}
         self.is_on = True
         self.without_sockets = 0
+        self.on_freed: Callable[[], None] = lambda: None
         self._serial = time.time_ns()
         self._waiting: deque[tuple[float, PacketFlow]] = deque()
         self._over: deque[tuple[float, int]] = deque()
         self._lost = packet.lost_events
         self._ticks = 0
-        self._conntrack: socket.socket | None = None
-        self._tracks = False
+        self._conntrack = _open_conntrack()
+        self._tracks = self._conntrack is not None and _is_tracking()
         loop.watch(packet.events_fd, _EPOLLIN, self._on_events)
         loop.later(TICK, self._tick)
 
@@ -123,7 +126,7 @@ class PacketHandoff:
         except Declined as refusal:
             raise Refused(str(refusal)) from None
         flow = PacketFlow(self, number, (client, backend), over, max(head, 0) + prelude.moved)
-        self.flows[number] = flow
+        self._enter(flow)
         self.loop.handlers.pop(backend, None)
         if head < 0:
             self.loop.soon(partial(flow.cut, "hello_unsent"))
@@ -132,6 +135,11 @@ class PacketHandoff:
             if self.packet.flow(number).state == State.OPEN:
                 self.loop.soon(flow.acknowledged)
         return flow
+
+    def _enter(self, flow: "PacketFlow") -> None:
+        self.flows[flow.number] = flow
+        flow.entry = ffi.buffer(ffi.addressof(self.packet.flow(flow.number).ways[0], "out"))[:]
+        self.ports.take(flow.entry)
 
     # --- events ---
 
@@ -171,6 +179,7 @@ class PacketHandoff:
         Take note of the end of *flow*: its number is free after a while.
         """
         del self.flows[flow.number]
+        self.ports.give_back(flow.entry)
         self._over.append((self.loop.now + QUARANTINE, flow.number))
 
     def reap_now(self) -> None:
@@ -217,7 +226,7 @@ class PacketFlow(Flow):
     handoff = "packet"
     outlives_sockets: ClassVar[bool] = True
 
-    __slots__ = ("_handoff", "_head", "number", "without_sockets")
+    __slots__ = ("_handoff", "_head", "entry", "number", "without_sockets")
 
     def __init__(
         self,
@@ -231,7 +240,15 @@ class PacketFlow(Flow):
         self._handoff = handoff
         self.number = number
         self._head = head
+        self.entry = b""
         self.without_sockets = False
+
+    @property
+    def holds_sockets(self) -> bool:
+        """
+        Whether the backend has yet to acknowledge the hello.
+        """
+        return not self.without_sockets
 
     def hear(self, event: Event) -> None:
         """
@@ -280,12 +297,14 @@ class PacketFlow(Flow):
         for fd in self.fds:
             silence(fd)
             self.loop.close(fd)
+        self._handoff.on_freed()
 
     def _ended(self, reason: str) -> None:
         if self.session.over:
             return
         self.session.failed(reason)
         self._release_sockets()
+        self._handoff.without_sockets -= 1
         over, self._over = self._over, forgotten
         over(self)
         self.release()
@@ -320,8 +339,17 @@ class PacketFlow(Flow):
         """
         Give the number back.
         """
-        self._handoff.without_sockets -= 1
         self._handoff.gone(self)
+
+
+def _open_conntrack() -> socket.socket | None:
+    """
+    Reach netfilter's table of connections; None where the kernel has none.
+    """
+    try:
+        return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+    except OSError:
+        return None
 
 
 def _is_tracking() -> bool:

@@ -16,8 +16,9 @@ import structlog
 from bpfprog import MAX_CONNECTIONS
 from controller.core.routes import HANDOFFS, Backend, Route, RouteTable
 from controller.core.session import Side
-from controller.router._native import ffi
-from controller.router.connection import TAKE_LIMIT, Connection
+from controller.router._native import ffi, lib
+from controller.router.address import pack
+from controller.router.connection import KEEPALIVE_IDLE, TAKE_LIMIT, Connection
 from controller.router.devices import Devices
 from controller.router.flow import Handoff
 from controller.router.listen import accept
@@ -29,6 +30,9 @@ from controller.settings import Network, RouterSettings
 
 ACCEPT_BATCH: Final = 64
 """Clients accepted in one round, so that those under way have their turn."""
+
+PACKET_TOO: Final = HANDOFFS[: HANDOFFS.index("packet") + 1]
+"""What a backend may ask for that allows the packet hand-off."""
 
 ACCEPT_PAUSE: Final = 0.1
 """Seconds without accepting when the kernel has no descriptor or memory left for it."""
@@ -85,6 +89,14 @@ class Router:
         self.arrival: Any = ffi.new("struct arrival *")
         self.reading: Any = ffi.new("struct reading *")
         self.connected: Any = ffi.new("bool *")
+        self._dial: Any = ffi.new(
+            "struct dial *",
+            {
+                "receive_buffer": settings.receive_buffer,
+                "keepalive_idle": KEEPALIVE_IDLE,
+                "epoll": loop.epoll_fd,
+            },
+        )
         self.looked_at: Any = ffi.new("const unsigned char **")
         self.taken: Any = ffi.new("unsigned char[]", TAKE_LIMIT)
         self.trusts = _membership(settings.proxy_protocol_from)
@@ -102,11 +114,18 @@ class Router:
         self._listeners = listeners
         self._resume()
 
+    @property
+    def holding(self) -> int:
+        """
+        How many connections hold sockets: those handed over as packets do not.
+        """
+        return len(self.connections) - (self.packet.without_sockets if self.packet else 0)
+
     def accept_batch(self) -> int:
         """
         How many clients may be accepted now.
         """
-        return min(ACCEPT_BATCH, self.max_connections - len(self.connections))
+        return min(ACCEPT_BATCH, self.max_connections - self.holding)
 
     def _on_listener(self, listener: int) -> None:
         error = accept(self, listener)
@@ -115,7 +134,7 @@ class Router:
             log.warning("accept failed", error=errno.errorcode.get(error, str(error)))
             self._pause()
             self.loop.later(ACCEPT_PAUSE, self._resume)
-        elif len(self.connections) >= self.max_connections:
+        elif self.holding >= self.max_connections:
             self.stats.accept_errors["max_connections"] += 1
             self._pause()
 
@@ -157,6 +176,40 @@ class Router:
             return self.ladder
         return [rung for rung in self.ladder if HANDOFFS.index(rung.name) >= best]
 
+    def likeness(self, connection: Connection) -> tuple[int, tuple[int, int]]:
+        """
+        Which socket the one to *connection*'s backend is to resemble, and the ports to dial from.
+
+        Both matter where packets of the one may become packets of the other.
+        """
+        own = connection.client[1] if connection.choice.transparent else 0
+        backend, packet = connection.backend, self.packet
+        assert backend is not None  # noqa: S101 - it is about to be dialled
+        if packet is None or not packet.is_on or backend.handoff not in PACKET_TOO:
+            return -1, (own, 0)
+        to = pack((connection.address, backend.port))
+        if own and packet.ports.is_free(connection.client, to):
+            return connection.fd, (own, packet.ports.choose(to))
+        return connection.fd, (packet.ports.choose(to), packet.ports.choose(to))
+
+    def dial(self, address: bytes, source: bytes | None, like: int, ports: tuple[int, int]) -> int:
+        """
+        Begin to connect; see `struct dial`.
+
+        Returns:
+            The descriptor, or the negative of an errno.
+        """
+        dial = self._dial
+        dial.to = to = ffi.from_buffer(address)
+        dial.client = client = ffi.NULL if source is None else ffi.from_buffer(source)
+        dial.size = len(address)
+        dial.like = like
+        dial.ports = ports
+        fd = int(lib.dial(dial, self.connected))
+        # what the struct points to lives until here
+        del to, client
+        return fd
+
     def connect_error(self, connection: Connection, error: str) -> None:
         """
         Take note that a backend did not accept, or may not be dialled; *error* is a word.
@@ -192,9 +245,15 @@ class Router:
         self.stats.ended(connection)
         if self.settings.access_log:
             log.info("connection", **connection.record(reason))
-        if not self._accepting and len(self.connections) == self.max_connections - 1:
+        self.freed()
+
+    def freed(self) -> None:
+        """
+        Take note that a connection holds no sockets any more.
+        """
+        if not self._accepting and self.holding < self.max_connections:
             self._resume()
-        if self.draining and not self.connections:
+        if self.draining and not self.holding:
             self.loop.stopping = True
 
     # --- the table ---
@@ -214,7 +273,7 @@ class Router:
 
     def drain(self) -> None:
         """
-        Stop accepting; stop the loop when all connections have ended, or the time for it is over.
+        Stop accepting; stop the loop when no connection needs us, or the time for it is over.
         """
         if self.draining:
             return
@@ -222,14 +281,16 @@ class Router:
         self._pause()
         for listener in self._listeners:
             listener.close()
-        log.info("draining", connections=len(self.connections), seconds=self.settings.drain)
-        if not self.connections:
+        log.info("draining", connections=self.holding, seconds=self.settings.drain)
+        if not self.holding:
             self.loop.stopping = True
         self.loop.later(self.settings.drain, self._cut)
 
     def _cut(self) -> None:
         for connection in tuple(self.connections):
-            connection.cut("drain_timeout")
+            # the others need no router
+            if connection.flow is None or connection.flow.holds_sockets:
+                connection.cut("drain_timeout")
         self.loop.stopping = True
 
     def traffic(self) -> Traffic:

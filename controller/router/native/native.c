@@ -20,6 +20,7 @@
 #include <openssl/ssl.h>
 #include <seccomp.h>
 #include "abi.h"
+#include "packet.h"
 
 struct hello;
 struct pipe;

@@ -60,8 +60,17 @@ int accept_client(int listener, size_t limit, struct arrival *arrival);
 int local_endpoint(int fd, struct endpoint *local);
 int discard(int fd, size_t budget);
 int refuse(int fd, const void *alert, size_t size, size_t budget);
-int dial(const void *to, int size, const void *client, int receive_buffer, int keepalive_idle,
-	 int epoll, bool *connected);
+/* how to connect to a backend */
+struct dial {
+	const void *to;
+	const void *client; /* the address to connect from, of the same family; NULL: this host's */
+	int size; /* of both */
+	int like; /* a client's socket, which the new one resembles; -1: none */
+	int ports[2]; /* to connect from, the first that is free; then any; 0: none */
+	int receive_buffer, keepalive_idle, epoll;
+};
+
+int dial(const struct dial *dial, bool *connected);
 int socket_options(int fd, int receive_buffer, int keepalive_idle);
 int socket_error(int fd);
 void watch(int epoll, int fd, uint32_t events);

@@ -118,13 +118,25 @@ int socket_options(int fd, int receive_buffer, int keepalive_idle)
 	return 0;
 }
 
-/* Bind to a client's address, which is none of ours (IP_TRANSPARENT), and to its port where that
- * is free: with SO_REUSEADDR one in TIME_WAIT is.  Otherwise the port is chosen at connect, when
- * all of the connection's address is known.
+/* Bind to *address* with *port*; with 0 the port is chosen at connect, when all of the connection's
+ * address is known.  With SO_REUSEADDR a port in TIME_WAIT is free.
  */
-static int bind_as_client(int fd, const struct sockaddr *client, int size, bool own_port)
+static int bind_port(int fd, struct sockaddr_storage *address, int size, int port)
 {
-	struct sockaddr_storage any_port;
+	const int option = port ? SO_REUSEADDR : IP_BIND_ADDRESS_NO_PORT;
+
+	/* the port lies at the same place in both kinds of address */
+	((struct sockaddr_in *)address)->sin_port = htons(port);
+	if (setsockopt(fd, port ? SOL_SOCKET : IPPROTO_IP, option, &on, sizeof(on)) ||
+	    bind(fd, (struct sockaddr *)address, size))
+		return -errno;
+	return 0;
+}
+
+/* Bind to a client's address, which is none of ours (IP_TRANSPARENT). */
+static int bind_as_client(int fd, const struct sockaddr *client, int size, int port)
+{
+	struct sockaddr_storage address;
 	int err;
 
 	if (client->sa_family == AF_INET)
@@ -133,19 +145,8 @@ static int bind_as_client(int fd, const struct sockaddr *client, int size, bool 
 		err = setsockopt(fd, IPPROTO_IPV6, IPV6_TRANSPARENT, &on, sizeof(on));
 	if (err)
 		return -errno;
-	if (own_port) {
-		if (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) ||
-		    bind(fd, client, size))
-			return -errno;
-		return 0;
-	}
-	memcpy(&any_port, client, size);
-	/* the port lies at the same place in both kinds of address */
-	((struct sockaddr_in *)&any_port)->sin_port = 0;
-	if (setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof(on)) ||
-	    bind(fd, (struct sockaddr *)&any_port, size))
-		return -errno;
-	return 0;
+	memcpy(&address, client, size);
+	return bind_port(fd, &address, size, port);
 }
 
 /* Connect; a backend on this host has answered before the call returns, as a second one tells.
@@ -161,25 +162,57 @@ static int try_connect(int fd, const struct sockaddr *to, int size)
 	return errno == EALREADY ? -EINPROGRESS : -errno;
 }
 
-static int dial_once(const struct sockaddr *to, int size, const struct sockaddr *client,
-		     bool own_port, int receive_buffer, int keepalive_idle, int epoll,
-		     bool *connected)
+/* Offer a backend no more than the client of *like* has: largest segments, timestamps, SACK.  Then
+ * the packets of one can be translated into the other's (packet.bpf.c, egress).
+ */
+#define TIMESTAMPS_SIZE 12 /* of a segment, with its padding */
+
+static int resemble(int fd, int like)
+{
+	struct tcp_info info = {};
+	socklen_t size = offsetof(struct tcp_info, tcpi_unacked);
+	int segment, lacks = 0;
+
+	if (getsockopt(like, IPPROTO_TCP, TCP_INFO, &info, &size))
+		return -errno;
+	segment = info.tcpi_snd_mss;
+	if (info.tcpi_options & TCPI_OPT_TIMESTAMPS)
+		segment += TIMESTAMPS_SIZE;
+	else
+		lacks |= LACKS_TIMESTAMPS;
+	if (!(info.tcpi_options & TCPI_OPT_SACK))
+		lacks |= LACKS_SACK;
+	if (setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof(segment)))
+		return -errno;
+	if (!lacks)
+		return 0;
+	lacks |= LACKS_MARK;
+	return setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &lacks, sizeof(lacks)) ? -errno : 0;
+}
+
+static int dial_once(const struct dial *dial, int port, bool *connected)
 {
 	struct epoll_event event = { .events = EPOLLOUT | EPOLLET };
+	const struct sockaddr *to = dial->to;
 	int fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP);
+	struct sockaddr_storage anywhere = { .ss_family = to->sa_family };
 	int err;
 
 	if (fd < 0)
 		return -errno;
 	event.data.fd = fd;
-	err = socket_options(fd, receive_buffer, keepalive_idle);
-	if (!err && client)
-		err = bind_as_client(fd, client, size, own_port);
+	err = socket_options(fd, dial->receive_buffer, dial->keepalive_idle);
+	if (!err && dial->like >= 0)
+		err = resemble(fd, dial->like);
+	if (!err && dial->client)
+		err = bind_as_client(fd, dial->client, dial->size, port);
+	else if (!err && port)
+		err = bind_port(fd, &anywhere, dial->size, port);
 	if (!err)
-		err = try_connect(fd, to, size);
+		err = try_connect(fd, to, dial->size);
 	*connected = !err;
 	if (err == -EINPROGRESS)
-		err = epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+		err = epoll_ctl(dial->epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 	if (err) {
 		close(fd);
 		return err;
@@ -187,22 +220,23 @@ static int dial_once(const struct sockaddr *to, int size, const struct sockaddr 
 	return fd;
 }
 
-/* Begin to connect to *to*, from the address *client* of the same family unless that is NULL.
- * Of an outcome that is still to come *epoll* tells as EPOLLOUT, EPOLLERR or EPOLLHUP.
+/* Begin to connect.  Of an outcome that is still to come dial.epoll tells as EPOLLOUT, EPOLLERR or
+ * EPOLLHUP.
  *
  * Returns the descriptor or -errno.
  */
-int dial(const void *to, int size, const void *client, int receive_buffer, int keepalive_idle,
-	 int epoll, bool *connected)
+int dial(const struct dial *dial, bool *connected)
 {
-	int fd =
-		dial_once(to, size, client, true, receive_buffer, keepalive_idle, epoll, connected);
+	int fd = -EADDRINUSE;
 
-	/* the client's port is taken, or not for us to take */
-	if (client && (fd == -EADDRINUSE || fd == -EADDRNOTAVAIL || fd == -EACCES))
-		fd = dial_once(to, size, client, false, receive_buffer, keepalive_idle, epoll,
-			       connected);
-	return fd;
+	for (size_t i = 0; i < sizeof(dial->ports) / sizeof(*dial->ports); i++) {
+		if (dial->ports[i] || !i)
+			fd = dial_once(dial, dial->ports[i], connected);
+		/* it is taken, or not for us to take */
+		if (fd != -EADDRINUSE && fd != -EADDRNOTAVAIL && fd != -EACCES)
+			return fd;
+	}
+	return dial->ports[0] ? dial_once(dial, 0, connected) : fd;
 }
 
 /* Take all that *fd* has received, at most *size* bytes.
