@@ -1229,6 +1229,7 @@ static __always_inline int make_flow(struct __sk_buff *skb, struct install *in, 
 	to_backend->scale_from = BPF_CORE_READ_BITFIELD(client, rx_opt.snd_wscale);
 	to_backend->scale_to = BPF_CORE_READ_BITFIELD(backend, rx_opt.rcv_wscale);
 	to_backend->next = client->copied_seq + in->hello;
+	to_backend->bytes = in->hello;
 	to_backend->acked = client->snd_una;
 
 	turn_round(&in->client, &to_client->out);

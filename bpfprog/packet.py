@@ -360,6 +360,13 @@ class Packet:
         """
         return int(self._lost[self._packet.owner])
 
+    @property
+    def owner(self) -> int:
+        """
+        Which ring is ours; a flow's owner hears of it.
+        """
+        return int(self._packet.owner)
+
     def flow(self, number: int) -> Any:
         """
         A flow's `struct flow`, as it stands.
@@ -400,7 +407,7 @@ class Packet:
 
     def adopt(self, number: int) -> None:
         """
-        Hear of the flow *number* from now on.
+        Hear of the flow *number* from now on: what becomes of it later is told in our ring.
         """
         self._flows[number].owner = self._packet.owner
 

@@ -295,7 +295,7 @@ static void turn_round(const struct tuple *tuple, struct tuple *other)
 	other->to_port = tuple->from_port;
 }
 
-/* Free a flow that has been over for long enough. */
+/* Free a flow that has been over for long enough, or has never begun. */
 static void packet_reap(struct packet *packet, uint32_t number)
 {
 	struct flow *flow = &packet->flows[number];

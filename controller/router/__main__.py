@@ -92,6 +92,8 @@ def _serve(settings: RouterSettings) -> None:
             router.devices.start()
         if error := lib.confine():
             logger.warning("not confined", error=os.strerror(-error))
+        # whoever ran before in this place has ended: its control socket is ours
+        router.adopt(lambda _: True)
         router.listen(listeners)
         logger.info(
             "router ready",

@@ -17,6 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import orjson
+
+from bpfprog import MAX_NOTE
 from controller.core import alert
 from controller.core.clientip import Choice
 from controller.core.hello import HelloError, read_alpn, read_server_name, read_versions
@@ -405,7 +408,7 @@ class Connection:
         backend, self._connecting = self._connecting, -1
         for handoff in self._router.rungs(self):
             try:
-                self.flow = handoff.take(self.fd, backend, self._on_over, prelude)
+                self.flow = handoff.take(self.fd, backend, self.on_over, prelude)
             except Refused as refusal:
                 self.refusals.append(f"{handoff.name}: {refusal}")
                 if refusal.leave is not None:
@@ -464,7 +467,10 @@ class Connection:
             alpn=hello.alpn[0] if hello.alpn else None,
         )
 
-    def _on_over(self, flow: Flow) -> None:
+    def on_over(self, flow: Flow) -> None:
+        """
+        Take note of the end of *flow*.
+        """
         self._router.ended(self, flow.session.reason)
         for leave in self._leaves:
             leave()
@@ -508,6 +514,27 @@ class Connection:
             self._router.loop.close(self._connecting)
         self.result = self.result or reason
         self._close(reset=True)
+
+    def note(self) -> bytes:
+        """
+        Write what a later router has to know of this connection, in at most MAX_NOTE bytes.
+        """
+        route, backend, hello = self.route, self.backend, self.hello
+        assert route is not None  # noqa: S101 - it was handed over
+        assert backend is not None  # noqa: S101 - as above
+        note = {
+            "began": time.time() - (time.monotonic() - self.began),
+            "route": route.host,
+            "backend": backend.name,
+            "client": self.peer,
+            "transparent": self.choice.transparent,
+            "server_name": hello.server_name,
+        }
+        for less in ("server_name", "backend"):
+            if len(text := orjson.dumps(note)) <= MAX_NOTE:
+                break
+            note[less] = ""
+        return text
 
     def record(self, reason: str) -> dict[str, Any]:
         """

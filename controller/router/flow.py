@@ -97,6 +97,8 @@ class Flow:
     """
 
     handoff: ClassVar[str]
+    outlives: ClassVar[bool] = False
+    """Whether it goes on without sockets, and without a router."""
 
     __slots__ = ("_over", "fds", "loop", "session")
 
@@ -151,6 +153,12 @@ class Flow:
         Count the bytes that came from *side* and were moved on.
         """
         raise NotImplementedError
+
+    def moved(self, side: Side) -> int:
+        """
+        Count those of them that went in this router's time.
+        """
+        return self.bytes(side)
 
     def drain(self, side: Side) -> None:
         """

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import structlog
 
@@ -30,8 +30,14 @@ from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused, forgotten
 from controller.router.loop import Loop
 from controller.router.ports import Ports
 
+if TYPE_CHECKING:
+    from controller.router.connection import Connection
+
 TICK: Final = 1.0
 """Seconds between looks at what has waited: acknowledgements, numbers in quarantine."""
+
+NOTE_AFTER: Final = 1.0
+"""Seconds that a connection must have lasted to be worth a note."""
 
 IDLE_TICKS: Final = 60
 """Ticks between looks for idle flows."""
@@ -69,9 +75,12 @@ class PacketHandoff:
         self.flows: dict[int, PacketFlow] = {}
         self.is_on = True
         self.without_sockets = 0
+        self.detached = False
         self.on_freed: Callable[[], None] = lambda: None
+        self.on_drained: Callable[[], None] = lambda: None
         self._serial = time.time_ns()
         self._waiting: deque[tuple[float, PacketFlow]] = deque()
+        self._unnoted: deque[tuple[float, Connection]] = deque()
         self._over: deque[tuple[float, int]] = deque()
         self._lost = packet.lost_events
         self._ticks = 0
@@ -125,7 +134,7 @@ class PacketHandoff:
             )
         except Declined as refusal:
             raise Refused(str(refusal)) from None
-        flow = PacketFlow(self, number, (client, backend), over, max(head, 0) + prelude.moved)
+        flow = PacketFlow(self, number, (client, backend), over, prelude.moved)
         self._enter(flow)
         self.loop.handlers.pop(backend, None)
         if head < 0:
@@ -140,6 +149,79 @@ class PacketHandoff:
         self.flows[flow.number] = flow
         flow.entry = ffi.buffer(ffi.addressof(self.packet.flow(flow.number).ways[0], "out"))[:]
         self.ports.take(flow.entry)
+
+    def note_later(self, connection: "Connection") -> None:
+        """
+        Keep with *connection*'s flow what the next router has to know of it, if it lasts.
+        """
+        self._unnoted.append((self.loop.now + NOTE_AFTER, connection))
+
+    def adopt(
+        self,
+        is_ours: Callable[[int], bool],
+        enter: "Callable[[PacketFlow, bytes], Callable[[Flow], None]]",
+    ) -> int:
+        """
+        Take over the flows of owners that are no more, and tell the ends of those that are over.
+
+        *is_ours* says whose; *enter* is given each flow and what is noted of it, and answers who
+        hears of its end.
+
+        Returns:
+            How many are under way.
+        """
+        adopted = 0
+        for number in self.packet.numbers():
+            native = self.packet.flow(number)
+            if number in self.flows or not is_ours(native.owner):
+                continue
+            self.packet.adopt(number)
+            if native.state == State.CLAIMED:
+                self.packet.reap(number)
+                continue
+            if native.told:
+                self._over.append((self.loop.now + QUARANTINE, number))
+                continue
+            flow = PacketFlow(self, number, None, forgotten, 0)
+            flow.hear_of_end(enter(flow, self.packet.read_note(number)))
+            self._enter(flow)
+            self.without_sockets += 1
+            self._waiting.append((self.loop.now + self.patience, flow))
+            flow.look()
+            adopted += not flow.session.over
+        return adopted
+
+    # --- the switch ---
+
+    def off(self) -> None:
+        """
+        Take no more connections; when those under way have ended, leave nothing behind.
+        """
+        self.is_on = False
+
+    def on(self) -> None:
+        """
+        Take connections again.
+
+        Raises:
+            ValueError: all has been taken down meanwhile.
+        """
+        if self.detached:
+            raise ValueError("detached: the next start of the router attaches it again")
+        self.is_on = True
+
+    def status(self) -> dict[str, Any]:
+        """
+        Tell how it is.
+        """
+        state = "detached" if self.detached else "on" if self.is_on else "off"
+        attached = self.packet.devices
+        return {
+            "state": state,
+            "flows": len(self.flows),
+            "devices": sorted(name for number, name in socket.if_nameindex() if number in attached),
+            "pins": str(self.packet.directory),
+        }
 
     # --- events ---
 
@@ -159,13 +241,23 @@ class PacketHandoff:
         self.loop.later(TICK, self._tick)
         now = self.loop.now
         self._tracks = self._conntrack is not None and _is_tracking()
-        while self._waiting and (self._waiting[0][1].without_sockets or now > self._waiting[0][0]):
-            _, flow = self._waiting.popleft()
-            if not flow.without_sockets:
-                flow.look()
+        waiting = self._waiting
+        while waiting and (waiting[0][1].is_open or now > waiting[0][0]):
+            flow = waiting.popleft()[1]
+            flow.look()
+            if not flow.is_open:
                 flow.cut("hello_unacknowledged")
+        while self._unnoted and now > self._unnoted[0][0]:
+            connection = self._unnoted.popleft()[1]
+            lasting = connection.flow
+            if isinstance(lasting, PacketFlow) and not lasting.session.over:
+                self.packet.note(lasting.number, connection.note())
         while self._over and now > self._over[0][0]:
             self.packet.reap(self._over.popleft()[1])
+        if not self.is_on and not self.flows and not self._over and not self.detached:
+            self.detached = True
+            self.on_drained()
+            self.packet.unpin()
         self._ticks += 1
         if self._ticks % IDLE_TICKS == 0:
             for number in self.packet.idle(max(0, int(time.monotonic() - self.idle))):
@@ -179,6 +271,7 @@ class PacketHandoff:
         Take note of the end of *flow*: its number is free after a while.
         """
         del self.flows[flow.number]
+        self.packet.flow(flow.number).told = 1
         self.ports.give_back(flow.entry)
         self._over.append((self.loop.now + QUARANTINE, flow.number))
 
@@ -224,24 +317,53 @@ class PacketFlow(Flow):
     """
 
     handoff = "packet"
-    outlives_sockets: ClassVar[bool] = True
+    outlives: ClassVar[bool] = True
 
-    __slots__ = ("_handoff", "_head", "entry", "number", "without_sockets")
+    __slots__ = ("_before", "_handoff", "_moved", "entry", "number", "without_sockets")
 
     def __init__(
         self,
         handoff: PacketHandoff,
         number: int,
-        fds: tuple[int, int],
+        fds: tuple[int, int] | None,
         over: Callable[[Flow], None],
-        head: int,
+        moved: int,
     ) -> None:
-        super().__init__(handoff.loop, fds, over)
+        """
+        Stand for the flow *number*, which has sockets yet unless *fds* is None.
+
+        *moved* bytes of the client's were sent on before that.
+        """
+        super().__init__(handoff.loop, fds or (-1, -1), over)
         self._handoff = handoff
         self.number = number
-        self._head = head
+        self._moved = moved
         self.entry = b""
-        self.without_sockets = False
+        self.without_sockets = fds is None
+        self._before = (0, 0) if fds else (self.bytes(Side.CLIENT), self.bytes(Side.BACKEND))
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, Endpoint]:
+        """
+        The client's address and port, and the backend's.
+        """
+        ways = self._handoff.packet.flow(self.number).ways
+        return _endpoints(ways[Side.BACKEND].out)[1], _endpoints(ways[Side.CLIENT].out)[1]
+
+    def hear_of_end(self, over: Callable[[Flow], None]) -> None:
+        """
+        Have *over* hear of the end.
+        """
+        self._over = over
+
+    @property
+    def is_open(self) -> bool:
+        """
+        Whether the hello is acknowledged, or all is over.
+        """
+        return bool(
+            self.session.over or self._handoff.packet.flow(self.number).state != State.HELLO
+        )
 
     @property
     def holds_sockets(self) -> bool:
@@ -325,7 +447,13 @@ class PacketFlow(Flow):
         Count the bytes that *side* has sent.
         """
         counted = self._handoff.packet.flow(self.number).ways[side].bytes
-        return int(counted) + (self._head if side == Side.CLIENT else 0)
+        return int(counted) + (self._moved if side == Side.CLIENT else 0)
+
+    def moved(self, side: Side) -> int:
+        """
+        Count those of them that went since this router has known the flow.
+        """
+        return self.bytes(side) - self._before[side]
 
     def quiet(self) -> float:
         """

@@ -18,12 +18,13 @@ from controller.core.routes import HANDOFFS, Backend, Route, RouteTable
 from controller.core.session import Side
 from controller.router._native import ffi, lib
 from controller.router.address import pack
+from controller.router.adopted import Adopted
 from controller.router.connection import KEEPALIVE_IDLE, TAKE_LIMIT, Connection
 from controller.router.devices import Devices
-from controller.router.flow import Handoff
+from controller.router.flow import Flow, Handoff
 from controller.router.listen import accept
 from controller.router.loop import Loop
-from controller.router.packet import PacketHandoff
+from controller.router.packet import PacketFlow, PacketHandoff
 from controller.router.stats import Stats
 from controller.router.transparency import Transparency
 from controller.settings import Network, RouterSettings
@@ -236,6 +237,8 @@ class Router:
             connection.client[0], connection.backend, connection.choice, connection.began
         )
         self.stats.connected(connection.route.host, connection.connect_seconds)
+        if self.packet is not None and connection.flow is not None and connection.flow.outlives:
+            self.packet.note_later(connection)
 
     def ended(self, connection: Connection, reason: str) -> None:
         """
@@ -268,6 +271,21 @@ class Router:
         hosts = {route.host for route in table.routes}
         self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
         self.stats.keep_routes(hosts | {c.route.host for c in self.connections if c.route})
+
+    def adopt(self, is_ours: Callable[[int], bool]) -> None:
+        """
+        Take over the flows of earlier routers' owners; *is_ours* says which owners.
+        """
+        if self.packet is None:
+            return
+
+        def enter(flow: PacketFlow, note: bytes) -> Callable[[Flow], None]:
+            connection = Adopted(self, flow, note)
+            self.connections.add(connection)
+            return connection.on_over
+
+        if adopted := self.packet.adopt(is_ours, enter):
+            log.info("flows adopted", flows=adopted)
 
     # --- the end ---
 
@@ -302,6 +320,6 @@ class Router:
             flow, route = connection.flow, connection.route
             if flow is not None and route is not None:
                 active[route.host, flow.handoff] += 1
-                moved[route.host, "in", flow.handoff] += flow.bytes(Side.CLIENT)
-                moved[route.host, "out", flow.handoff] += flow.bytes(Side.BACKEND)
+                moved[route.host, "in", flow.handoff] += flow.moved(Side.CLIENT)
+                moved[route.host, "out", flow.handoff] += flow.moved(Side.BACKEND)
         return Traffic(active, len(self.connections) - active.total(), moved)

@@ -93,8 +93,8 @@ class Stats:
         flow = connection.flow
         if flow is not None:
             self.reasons[flow.session.reason] += 1
-            self.bytes[route, "in", flow.handoff] += flow.bytes(Side.CLIENT)
-            self.bytes[route, "out", flow.handoff] += flow.bytes(Side.BACKEND)
+            self.bytes[route, "in", flow.handoff] += flow.moved(Side.CLIENT)
+            self.bytes[route, "out", flow.handoff] += flow.moved(Side.BACKEND)
 
     def keep_routes(self, hosts: Iterable[str]) -> None:
         """
