@@ -25,7 +25,7 @@ from controller.core.plan import Container, carry, plan
 from controller.core.problems import Code, Problem
 from controller.core.routes import Route, RouteTable
 from controller.core.wire import Message
-from controller.link import Link, delays, reason
+from controller.link import Link, delays, is_to_end, reason
 from controller.routesfile import SOURCE, RoutesFile
 from controller.runtime import EngineAddress, Listing, Runtime, find_engines
 from controller.settings import ControllerSettings
@@ -168,6 +168,8 @@ class Controller:
                 if engine.expected:
                     await self._follow(engine)
             except Exception as err:  # noqa: BLE001 - the root of the task
+                if is_to_end():
+                    return
                 if engine.connected:
                     waits = delays()
                 if engine.connected or engine.error != reason(err):

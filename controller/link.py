@@ -57,6 +57,14 @@ def reason(err: BaseException) -> str:
     return str(err) or type(err).__name__
 
 
+def is_to_end() -> bool:
+    """
+    Tell whether this task was cancelled: a failing group tells of its failures and not of that.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Link:
     """
     The connection to the router, kept up for as long as `run` runs.
@@ -114,6 +122,8 @@ class Link:
                 finally:
                     writer.close()
             except Exception as err:  # noqa: BLE001 - the root of the task
+                if is_to_end():
+                    return
                 if (why := reason(err)) != self._lost:
                     log.warning("router away", control=str(self._path), error=why)
                     self._lost = why

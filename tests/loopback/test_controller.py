@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import structlog
@@ -805,6 +805,61 @@ def test_problem_is_logged_once_when_it_comes_and_once_when_it_goes(tmp_path: Pa
         codes = sorted(line["code"] for line in lines if line["event"] == event)
         assert ["bad-host", "unknown-label"] == codes
     assert {"b"} == {line["container"] for line in lines if line["event"] == "problem"}
+
+
+class LeavingRuntime:
+    """
+    An engine whose list fails, and whose event stream takes a moment to leave.
+    """
+
+    leaving: asyncio.Event
+
+    def __init__(self, _: object) -> None:
+        type(self).leaving = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def listen(self, _: object) -> None:
+        """
+        Listen until cancelled, and tell then.
+        """
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.leaving.set()
+            await asyncio.sleep(0.05)
+
+    async def look(self) -> None:
+        """
+        Fail, once the other task has begun.
+        """
+        await asyncio.sleep(0.01)
+        raise OSError("broken")
+
+
+def test_controller_ends_also_while_an_engine_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A cancellation that comes in the middle of a failure is not lost with it.
+    """
+    monkeypatch.setattr("controller.app.Runtime", LeavingRuntime)
+
+    async def scene(house: House) -> None:
+        task = asyncio.create_task(Controller(house.settings()).run())
+        await asyncio.sleep(0)
+        await until(lambda: getattr(LeavingRuntime, "leaving", None), "the engine's first try")
+        await LeavingRuntime.leaving.wait()
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+
+        assert task.cancelled()
+
+    play(tmp_path, scene)
 
 
 def test_only_what_runs_is_routed(tmp_path: Path) -> None:
