@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import structlog
 
 from controller.core.labels import is_labelled
-from controller.core.plan import Container, carry, plan
+from controller.core.plan import Container, addresses, carry, plan
 from controller.core.problems import Code, Problem
 from controller.core.routes import Route, RouteTable
 from controller.core.wire import Message
@@ -234,7 +234,7 @@ class Controller:
         # with nothing heard at all there is no table, which is not the same as an empty one
         if heard or self._file_routes is not None or not silent:
             routes = carry(result.routes, self._served.routes, silent)
-            self._link.want(routes, self._networks(), since)
+            self._link.want((routes, self._networks(), self._alive(silent)), since)
         self._link.tell(
             {
                 "type": "report",
@@ -249,6 +249,11 @@ class Controller:
         if any(e.expected and e.listing is None for e in self._engines):
             found.update(self._served.networks)
         return tuple(sorted(found))
+
+    def _alive(self, silent: set[str]) -> dict[str, tuple[str, ...]]:
+        kept = {s: alive for s, alive in self._served.alive.items() if s in silent}
+        heard = {e.address.name: addresses(e.containers) for e in self._engines if e.listing}
+        return kept | heard
 
     def _note(self, planned: tuple[Problem, ...]) -> None:
         problems = {*planned, *self._file_problems}

@@ -35,8 +35,8 @@ _CHUNK = 1 << 16
 _NAMED = 20
 """Hosts that a log line names; of more it tells the number."""
 
-Content = tuple[tuple[Route, ...], tuple[str, ...]]
-"""Routes and networks: a table but for its generation."""
+Content = tuple[tuple[Route, ...], tuple[str, ...], dict[str, tuple[str, ...]]]
+"""Routes, networks, and who is alive: a table but for its generation."""
 
 log = structlog.get_logger()
 
@@ -89,16 +89,14 @@ class Link:
         self._generation = 0
         self._delays, self._lost = delays(), ""
 
-    def want(
-        self, routes: tuple[Route, ...], networks: tuple[str, ...], since: float | None = None
-    ) -> None:
+    def want(self, content: Content, since: float | None = None) -> None:
         """
-        Have the router serve *routes*, knowing the *networks* of containers.
+        Have the router serve a table of this *content*.
 
-        *since* is when that which changed them happened.
+        *since* is when that which changed it happened.
         """
-        if (routes, networks) != self._wanted:
-            self._wanted = routes, networks
+        if content != self._wanted:
+            self._wanted = content
             self._since = self._since or since
             self._news.set()
 
@@ -138,7 +136,7 @@ class Link:
             self._generation = max(self._generation, served.generation)
             log.info("router connected", generation=served.generation, routes=len(served.routes))
             self._on_served(served)
-            content = served.routes, served.networks
+            content = served.routes, served.networks, served.alive
             await self._push(writer, inbox, content if served.generation else None)
 
     async def _push(

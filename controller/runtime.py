@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import fcntl
 import ipaddress
+import json
 import os
 import socket
 import time
@@ -52,6 +53,11 @@ _EVERYWHERE = {"": HOST_ADDRESS, "0.0.0.0": HOST_ADDRESS, "::": "::1"}
 _NS_GET_USERNS = 0xB701
 _FIRST_USERNS = 0xEFFFFFFD
 """From linux/nsfs.h: the inode of the machine's own user namespace is a constant."""
+
+_STATES = ("running", "paused")
+"""States of containers that have their address: a paused one keeps its connections."""
+
+_ALIVE = json.dumps({"status": _STATES})
 
 _UNIX = "unix://"
 
@@ -144,7 +150,7 @@ def _place(url: str) -> object:
 @dataclass(frozen=True, slots=True)
 class Listing:
     """
-    What an engine runs: containers with a label of ours, and those whose network they share.
+    What an engine has alive: containers with a label of ours, and those whose network they share.
 
     *subnets* are those of all its networks on this host: whose containers may be clients.
     """
@@ -192,10 +198,10 @@ class Runtime:
 
     async def look(self) -> Listing:
         """
-        List what runs now.
+        List what is alive now.
         """
         async with asyncio.timeout(LIST_TIMEOUT):
-            listed = await self._docker.containers.list()
+            listed = await self._docker.containers.list(filters=_ALIVE)
             wanted = {entry["Id"] for entry in listed if is_labelled(entry["Labels"])}
             if self._rootless is None:
                 self._rootless = await self._is_rootless()
@@ -226,7 +232,7 @@ class Runtime:
 
     async def _inspect(self, ids: Iterable[str]) -> list[dict[str, Any]]:
         limit = asyncio.Semaphore(_INSPECTS)
-        running: list[dict[str, Any]] = []
+        alive: list[dict[str, Any]] = []
 
         async def inspect(container: str) -> None:
             async with limit:
@@ -237,14 +243,14 @@ class Runtime:
                     if err.status == _GONE:
                         return
                     raise
-            # a paused container can not answer, and one that restarts has no address
-            if details["State"]["Status"] == "running":
-                running.append(details)
+            # one that restarts has no address
+            if details["State"]["Status"] in _STATES:
+                alive.append(details)
 
         async with asyncio.TaskGroup() as tasks:
             for container in ids:
                 tasks.create_task(inspect(container), name=f"inspect {container[:12]}")
-        return running
+        return alive
 
 
 def is_rootless(info: Mapping[str, Any]) -> bool:
@@ -295,6 +301,7 @@ def _read_container(
         mode=details["HostConfig"].get("NetworkMode") or "",
         rootless=rootless,
         published=tuple(_published(settings.get("Ports") or {})),
+        paused=details["State"]["Status"] == "paused",
     )
 
 

@@ -66,7 +66,7 @@ class Published:
 @dataclass(frozen=True, slots=True)
 class Container:
     """
-    One running container, as its engine tells of it.
+    One container that runs or is paused, as its engine tells of it.
 
     *mode* is the engine's network mode: `host`, `none`, `container:ID`, or the name of a network.
     *rootless* tells that the engine is a user's, with networks of its own.
@@ -81,6 +81,7 @@ class Container:
     mode: str
     rootless: bool = False
     published: tuple[Published, ...] = ()
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,9 @@ def plan(
     pairs = [(route.host, backend) for route in static for backend in route.backends]
     problems: list[Problem] = []
     for container in by_id.values():
+        # it can not answer
+        if container.paused:
+            continue
         reading = read_labels(container.name, container.labels)
         problems += reading.problems
         for spec in reading.specs:
@@ -160,6 +164,19 @@ def carry(
     """
     kept = [(r.host, b) for r in served for b in r.backends if b.source in sources]
     return pool([(r.host, b) for r in routes for b in r.backends] + kept)
+
+
+def addresses(containers: Iterable[Container]) -> tuple[str, ...]:
+    """
+    List all addresses of *containers* in container networks, sorted, and each once.
+    """
+    found = {
+        address
+        for container in containers
+        for network in container.networks
+        for address in (network.address, network.address6)
+    }
+    return tuple(sorted(found - {""}))
 
 
 def diff(old: Iterable[Route], new: Iterable[Route]) -> Changes:

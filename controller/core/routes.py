@@ -8,7 +8,7 @@ Rules of this file:
    suffix (`*.example.com` stands for any depth below example.com), then the catch-all `*`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -86,16 +86,24 @@ class RouteTable:
     """
     An immutable set of routes under a generation number.
 
-    *networks* are the subnets, as text and sorted, of all container networks on this host.
+    *networks* are the subnets, as text and sorted, of all container networks on this host;
+    *alive* are, for each source, the addresses of its labelled containers, routed to or not.
     """
 
-    __slots__ = ("_routes", "generation", "networks")
+    __slots__ = ("_routes", "alive", "generation", "networks")
 
     def __init__(
-        self, generation: int, routes: Iterable[Route], networks: Iterable[str] = ()
+        self,
+        generation: int,
+        routes: Iterable[Route],
+        networks: Iterable[str] = (),
+        alive: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         self.generation = generation
         self.networks = tuple(sorted(networks))
+        self.alive = {
+            source: tuple(sorted(addresses)) for source, addresses in (alive or {}).items()
+        }
         self._routes = {route.host: route for route in routes}
 
     @property
@@ -104,6 +112,18 @@ class RouteTable:
         All routes, by host.
         """
         return tuple(self._routes[host] for host in sorted(self._routes))
+
+    def gone(self, newer: "RouteTable") -> frozenset[tuple[str, str]]:
+        """
+        Tell which containers of this table are no more in a *newer* one, by source and address.
+
+        A source that the newer one does not tell of is no news of its containers.
+        """
+        return frozenset(
+            (source, address)
+            for source in self.alive.keys() & newer.alive.keys()
+            for address in set(self.alive[source]).difference(newer.alive[source])
+        )
 
     def find(self, name: str) -> Route | None:
         """

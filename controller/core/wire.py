@@ -9,7 +9,10 @@ The control socket's messages: one JSON object a line, both ways.
     controller -> router   report  {engines, problems}                what the controller sees
     anyone -> router       status | routes | drain                    answered by one line each
 
-TABLE is `generation, routes, networks`: the last are the subnets of the host's container networks.
+TABLE is `generation, routes, networks, alive`.  `networks` are the subnets of the host's container
+networks.  `alive` has for each source, as backends name it, the addresses of its labelled
+containers, routed to or not: one that was there and is not has gone with its container, while one
+that is only no longer routed to is still there.
 
 Rules of this file: a message that is not exactly as written here raises `WireError`; nothing is
 guessed.  The router checks the whole of a table before it takes any of it.
@@ -44,7 +47,7 @@ Message = dict[str, Any]
 
 _BACKEND = {field.name for field in fields(Backend)}
 _DETOURS = frozenset(map(str, Detour))
-_TABLE = {"generation", "routes", "networks"}
+_TABLE = {"generation", "routes", "networks", "alive"}
 
 
 _ENGINE = {
@@ -146,6 +149,7 @@ def dump_table(table: RouteTable) -> Message:
         "generation": table.generation,
         "routes": dump_routes(table.routes),
         "networks": list(table.networks),
+        "alive": {source: list(addresses) for source, addresses in sorted(table.alive.items())},
     }
 
 
@@ -198,7 +202,7 @@ def read_table(message: Message) -> RouteTable:
 
     Raises:
         WireError: as `read_routes`, or the generation is not a positive number, or the networks
-            are not written as they should be.
+            or addresses are not written as they should be.
     """
     _members(message, "table", {"type", *_TABLE})
     return _read_table(message, "table", 1)
@@ -229,7 +233,22 @@ def _read_table(message: Message, where: str, least: int) -> RouteTable:
     ]
     if networks != sorted(set(networks)):
         raise WireError("networks: not sorted, or one occurs twice")
-    return RouteTable(generation, routes, networks)
+    return RouteTable(generation, routes, networks, _read_alive(message["alive"]))
+
+
+def _read_alive(value: object) -> dict[str, list[str]]:
+    if not isinstance(value, dict):
+        raise WireError("alive: not an object")
+    alive = {}
+    for source, items in value.items():
+        where = f"alive[{source!r}]"
+        addresses = [_str(item, f"{where}[{i}]") for i, item in enumerate(_list(items, where))]
+        for i, address in enumerate(addresses):
+            _version(address, f"{where}[{i}]")
+        if addresses != sorted(set(addresses)):
+            raise WireError(f"{where}: not sorted, or one occurs twice")
+        alive[source] = addresses
+    return alive
 
 
 def _network(text: str, where: str) -> str:

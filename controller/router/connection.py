@@ -526,6 +526,7 @@ class Connection:
             "began": time.time() - (time.monotonic() - self.began),
             "route": route.host,
             "backend": backend.name,
+            "source": backend.source,
             "client": self.peer,
             "transparent": self.choice.transparent,
             "server_name": hello.server_name,

@@ -97,8 +97,9 @@ class Flow:
     """
 
     handoff: ClassVar[str]
-    outlives: ClassVar[bool] = False
-    """Whether it goes on without sockets, and without a router."""
+
+    outlives_sockets: ClassVar[bool] = False
+    """Whether bytes move without the two sockets, which then can not tell of an end."""
 
     __slots__ = ("_over", "fds", "loop", "session")
 

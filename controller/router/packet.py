@@ -3,7 +3,7 @@ The `packet` hand-off: the kernel makes one connection of two, and the router le
 
 The router's sockets are answerable for the hello until the backend has acknowledged it; then they
 go without a word, and client and backend speak TCP to each other.  A flow needs no router: it
-outlives one that is killed, and is taken over by the next.
+outlives_sockets one that is killed, and is taken over by the next.
 
 Rules of this file:
 
@@ -317,7 +317,7 @@ class PacketFlow(Flow):
     """
 
     handoff = "packet"
-    outlives: ClassVar[bool] = True
+    outlives_sockets: ClassVar[bool] = True
 
     __slots__ = ("_before", "_handoff", "_moved", "entry", "number", "without_sockets")
 

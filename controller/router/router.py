@@ -5,7 +5,7 @@ What the connections of one router share: the table, the ladder of hand-offs, th
 import errno
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
@@ -237,7 +237,11 @@ class Router:
             connection.client[0], connection.backend, connection.choice, connection.began
         )
         self.stats.connected(connection.route.host, connection.connect_seconds)
-        if self.packet is not None and connection.flow is not None and connection.flow.outlives:
+        if (
+            self.packet is not None
+            and connection.flow is not None
+            and connection.flow.outlives_sockets
+        ):
             self.packet.note_later(connection)
 
     def ended(self, connection: Connection, reason: str) -> None:
@@ -264,9 +268,13 @@ class Router:
     def replace_table(self, table: RouteTable) -> None:
         """
         Route new connections by *table*; those under way keep their route.
+
+        But where no socket tells of a container's end, the table does.
         """
-        self.table = table
+        gone, self.table = self.table.gone(table), table
         self.table_since = self.loop.now
+        if gone:
+            self._cut_off(gone)
         self.transparency.keep(table)
         hosts = {route.host for route in table.routes}
         self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
@@ -286,6 +294,14 @@ class Router:
 
         if adopted := self.packet.adopt(is_ours, enter):
             log.info("flows adopted", flows=adopted)
+
+    def _cut_off(self, gone: Container[tuple[str, str]]) -> None:
+        for connection in tuple(self.connections):
+            flow, backend = connection.flow, connection.backend
+            if flow is None or backend is None or not flow.outlives_sockets:
+                continue
+            if (backend.source, connection.address) in gone:
+                connection.cut("backend_gone")
 
     # --- the end ---
 

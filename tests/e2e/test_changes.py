@@ -90,6 +90,27 @@ def test_a_container_that_changes_its_address_while_it_runs_is_followed(
     assert ("one", app.address) == (answer.app, answer.address)
 
 
+def test_a_container_that_pauses_is_alive_but_gets_no_connections(
+    run_app: RunApp, sniroute: Sniroute
+) -> None:
+    """
+    A pause takes the route, not the container: what it has under way is not to be cut.
+    """
+    app = run_app("one", {"sniroute.host": HOST})
+    sniroute.wait_for_route(HOST, app.address)
+
+    app.container.pause()
+    sniroute.wait_for_route(HOST)
+    (paused,) = sniroute.status()["engines"]
+    app.container.unpause()
+    sniroute.wait_for_route(HOST, app.address)
+    app.container.stop(timeout=2)
+    sniroute.wait_for_route(HOST)
+    (stopped,) = sniroute.status()["engines"]
+
+    assert (1, 0) == (paused["containers"], stopped["containers"])
+
+
 @EACH_HANDOFF
 def test_a_container_that_stops_is_refused(
     engine: Engine, run_app: RunApp, sniroute: Sniroute

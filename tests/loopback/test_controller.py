@@ -203,6 +203,7 @@ class Router:
         self.generation = 0
         self.routes: tuple[Route, ...] = ()
         self.networks: tuple[str, ...] = ()
+        self.alive: dict[str, tuple[str, ...]] = {}
         self.tables: list[tuple[Route, ...]] = []
         self.report: dict[str, Any] = {"engines": [], "problems": []}
         self.refuse = False
@@ -273,7 +274,7 @@ class Router:
     def _answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
         match message["type"]:
             case "hello":
-                served = RouteTable(self.generation, self.routes, self.networks)
+                served = RouteTable(self.generation, self.routes, self.networks, self.alive)
                 return {"type": "hello", "version": VERSION, **dump_table(served)}
             case "table":
                 table = read_table(message)
@@ -282,7 +283,7 @@ class Router:
                     return {"type": "nack", "generation": table.generation, "error": "no room"}
                 assert table.generation > self.generation
                 self.generation, self.routes = table.generation, table.routes
-                self.networks = table.networks
+                self.networks, self.alive = table.networks, table.alive
                 return {"type": "ack", "generation": table.generation}
             case _:
                 self.report = message
@@ -707,12 +708,14 @@ def test_controller_beside_a_dead_engine_drops_nothing(tmp_path: Path) -> None:
         house.router.generation = 41
         house.router.routes = (Route("a.example.com", (known,)), Route("x.example", (gone,)))
         house.router.networks = ("127.0.0.0/8",)
+        house.router.alive = {house.engine.url: ("127.0.0.2",), gone.source: ("127.0.0.7",)}
         await house.engine.stop()
         async with house.controller(routes=routes):
             await until(lambda: "s.example" in house.router.pools, "the file's route")
             assert {"a.example.com", "s.example"} == house.router.pools.keys()
             assert 42 == house.router.generation
             assert ("127.0.0.0/8",) == house.router.networks
+            assert {house.engine.url: ("127.0.0.2",)} == house.router.alive
 
             fresh = Router(house.router.path)
             await house.router.stop()
@@ -725,6 +728,7 @@ def test_controller_beside_a_dead_engine_drops_nothing(tmp_path: Path) -> None:
             expected = {"b.example.com", "s.example"}
             await until(lambda: fresh.pools.keys() == expected, "what the engine says")
             assert () == fresh.networks
+            assert {house.engine.url: ("127.0.0.3",)} == fresh.alive
 
     play(tmp_path, scene)
 
@@ -877,7 +881,33 @@ def test_only_what_runs_is_routed(tmp_path: Path) -> None:
             await until(lambda: house.router.pools, "a table")
 
             assert {"joined.example.com": ["127.0.0.4"]} == house.router.pools
+            assert {house.engine.url: ("127.0.0.2", "127.0.0.4")} == house.router.alive
             await until(lambda: house.router.codes() == ["no-network"], "the orphan's problem")
+
+    play(tmp_path, scene)
+
+
+def test_end_of_a_container_is_told_also_where_no_route_changes(tmp_path: Path) -> None:
+    """
+    A labelled container that no route leads to is told alive, and its end alone is a table.
+    """
+
+    async def scene(house: House) -> None:
+        house.engine.run("a", "127.0.0.2")
+        house.engine.run("b", "127.0.0.3", labels={"sniroute.enable": "false"})
+        async with house.controller(relist_interval=0.05):
+            both = {house.engine.url: ("127.0.0.2", "127.0.0.3")}
+            await until(lambda: house.router.alive == both, "both addresses")
+            tables = len(house.router.tables)
+            del house.engine.containers["b"]
+            one = {house.engine.url: ("127.0.0.2",)}
+            await until(lambda: house.router.alive == one, "one address")
+
+            assert tables + 1 == len(house.router.tables)
+            house.engine.broken = True
+            lists = len(house.engine.lists)
+            await until(lambda: len(house.engine.lists) > lists + 1, "lists that fail")
+            assert one == house.router.alive
 
     play(tmp_path, scene)
 

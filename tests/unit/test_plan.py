@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.core.plan import Changes, Container, Network, Published, carry, diff, plan, pool
+from controller.core.plan import (
+    Changes,
+    Container,
+    Network,
+    Published,
+    addresses,
+    carry,
+    diff,
+    plan,
+    pool,
+)
 from controller.core.problems import Severity
 from controller.core.routes import Backend, Detour, Route
 
@@ -342,6 +352,31 @@ def test_containers_of_one_host_form_a_pool() -> None:
     (route,) = plan([b, same, a], [static]).routes
 
     assert ["a", "b", "s"] == [backend.name for backend in route.backends]
+
+
+def test_paused_container_is_not_routed_to() -> None:
+    """
+    Neither its route nor its problems count; a container in its network is served there.
+    """
+    paused = box("paused", labels=labels(host="a.example.com", port="x"), paused=True)
+    joined = box(networks=(), mode="container:id-paused")
+
+    assert "198.51.100.2" == only_backend(joined, paused).address
+    assert [] == codes(joined, paused)
+
+
+def test_addresses_are_those_of_all_networks_once() -> None:
+    """
+    Both families of each network count, also of a paused container; the host's own does not.
+    """
+    boxes = [
+        box("a", net("x"), net("y", "198.51.100.9", address6="2001:db8::2")),
+        box("b", net("x"), paused=True),
+        box("c", net("x", ""), mode="host"),
+        box("d", net("x", "198.51.100.10"), paused=True),
+    ]
+
+    assert ("198.51.100.10", "198.51.100.2", "198.51.100.9", "2001:db8::2") == addresses(boxes)
 
 
 def test_diff_names_the_hosts_that_differ() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 from controller.router._native import ffi
 
-from controller.core.routes import Backend
+from controller.core.routes import Backend, Route, RouteTable
 from controller.router.connection import Connection
-from controller.router.flow import Handoff
+from controller.router.flow import Flow, Handoff
 from controller.router.loop import Loop
 from controller.router.relay import RelayHandoff
 from controller.router.router import Router
@@ -65,3 +65,71 @@ def test_the_ladder_begins_where_the_backend_wishes(
     backend = Backend("app", "docker", "198.51.100.2", 443, handoff=wish)
 
     assert expected == [rung.name for rung in router.rungs(connection(router, backend))]
+
+
+class HeldFlow(Flow):
+    """
+    A flow that only takes note of how it was cut.
+    """
+
+    handoff = "relay"
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def cut(self, reason: str) -> None:  # noqa: D102 - as the base class's
+        self.reason = reason
+
+
+class BodilessFlow(HeldFlow):
+    """
+    One whose sockets are given up already.
+    """
+
+    outlives_sockets = True
+
+
+def table(generation: int, **alive: list[str]) -> RouteTable:
+    return RouteTable(generation, (), (), alive)
+
+
+def test_a_flow_without_sockets_hears_of_the_end_of_its_container(router: Router) -> None:
+    """
+    It is cut when its own container has gone; not when another has, nor where sockets tell.
+    """
+    one = Backend("one", "docker", "198.51.100.2", 443, address6="2001:db8::2")
+    flows = {}
+    for name, backend, flow in (
+        ("gone", one, BodilessFlow()),
+        ("with sockets", one, HeldFlow()),
+        ("alive", Backend("two", "docker", "198.51.100.3", 443), BodilessFlow()),
+        ("of another engine", Backend("one", "podman", "198.51.100.2", 443), BodilessFlow()),
+        ("of the file", Backend("one", "file", "198.51.100.2", 443), BodilessFlow()),
+    ):
+        under_way = connection(router, backend)
+        under_way.route = Route(name, (backend,))
+        flows[name] = under_way.flow = flow
+        router.connections.add(under_way)
+    router.connections.add(connection(router, one))
+
+    router.replace_table(table(1, docker=["198.51.100.2", "198.51.100.3"], podman=["198.51.100.2"]))
+    router.replace_table(table(2, docker=["198.51.100.3"], podman=["198.51.100.2"]))
+
+    assert {"gone": "backend_gone"} == {n: f.reason for n, f in flows.items() if f.reason}
+
+
+def test_a_container_that_is_only_not_routed_to_keeps_its_connections(router: Router) -> None:
+    """
+    What cuts a flow is that its address is gone, not that its route is.
+    """
+    backend = Backend("one", "docker", "198.51.100.2", 443)
+    under_way = connection(router, backend)
+    under_way.route = Route("one", (backend,))
+    flow = under_way.flow = BodilessFlow()
+    router.connections.add(under_way)
+    alive = {"docker": ["198.51.100.2"]}
+
+    router.replace_table(RouteTable(1, [under_way.route], (), alive))
+    router.replace_table(RouteTable(2, (), (), alive))
+
+    assert "" == flow.reason

@@ -75,6 +75,31 @@ def test_clients_are_led_to_their_own_family(
     assert (from4, from6) == (backend.reached_from(4), backend.reached_from(6))
 
 
+def alive(**sources: list[str]) -> RouteTable:
+    return RouteTable(1, [], (), sources)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "gone"),
+    [
+        (alive(docker=["a", "b"]), alive(docker=["b"]), {("docker", "a")}),
+        (alive(docker=["a"]), alive(docker=["a", "b"]), set()),
+        (alive(docker=["a"]), alive(docker=[]), {("docker", "a")}),
+        (alive(docker=["a"]), alive(), set()),
+        (alive(docker=["a"]), alive(docker=[], podman=["a"]), {("docker", "a")}),
+        (alive(docker=["a"], podman=["a"]), alive(docker=["a"], podman=[]), {("podman", "a")}),
+        (alive(), alive(docker=["a"]), set()),
+    ],
+)
+def test_a_container_is_gone_when_its_own_source_says_so(
+    old: RouteTable, new: RouteTable, gone: set[tuple[str, str]]
+) -> None:
+    """
+    Silence of a source is no news, and the same address at another source is someone else.
+    """
+    assert gone == old.gone(new)
+
+
 _label = st.sampled_from("abc")
 _name = st.lists(_label, min_size=1, max_size=4).map(".".join)
 _host = _name | _name.map("*.{}".format) | st.just("*")

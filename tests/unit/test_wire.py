@@ -38,10 +38,11 @@ ROUTES = (
 
 
 NETWORKS = ("198.51.100.0/24", "2001:db8::/64")
+ALIVE = {"docker": ("198.51.100.2", "2001:db8::2"), "podman": ()}
 
 
 def table(**changes: Any) -> dict[str, Any]:
-    return {"type": "table", **dump_table(RouteTable(7, ROUTES, NETWORKS)), **changes}
+    return {"type": "table", **dump_table(RouteTable(7, ROUTES, NETWORKS, ALIVE)), **changes}
 
 
 def test_routes_come_back_as_they_went() -> None:
@@ -51,7 +52,8 @@ def test_routes_come_back_as_they_went() -> None:
     (message,) = Decoder().feed(encode(table()))
     read = read_table(message)
 
-    assert (7, ROUTES, NETWORKS) == (read.generation, read.routes, read.networks)
+    assert (7, ROUTES) == (read.generation, read.routes)
+    assert (NETWORKS, ALIVE) == (read.networks, read.alive)
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=5), st.data())
@@ -187,14 +189,37 @@ def test_networks_are_written_in_one_way(networks: Any, where: str) -> None:
     assert where in str(refusal.value)
 
 
-def test_table_without_networks_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("alive", "where"),
+    [
+        (None, "alive: not an object"),
+        ([["docker", "198.51.100.2"]], "alive: not an object"),
+        ({"docker": "198.51.100.2"}, "alive['docker']: not a list"),
+        ({"docker": [2]}, "alive['docker'][0]: not a string"),
+        ({"a": [], "docker": ["198.51.100.2", "web"]}, "alive['docker'][1]: 'web'"),
+        ({"docker": ["2001:db8::2", "198.51.100.2"]}, "alive['docker']: not sorted"),
+        ({"docker": ["198.51.100.2", "198.51.100.2"]}, "occurs twice"),
+    ],
+)
+def test_who_is_alive_is_written_in_one_way(alive: Any, where: str) -> None:
+    """
+    Addresses come by source, in one order, or the table is refused.
+    """
+    with pytest.raises(WireError) as refusal:
+        read_table(json.loads(json.dumps(table(alive=alive))))
+
+    assert where in str(refusal.value)
+
+
+@pytest.mark.parametrize("member", ["networks", "alive"])
+def test_table_without_a_member_is_refused(member: str) -> None:
     """
     What is not told is not taken for none.
     """
     old = table()
-    del old["networks"]
+    del old[member]
 
-    with pytest.raises(WireError, match=r"table: missing.*networks"):
+    with pytest.raises(WireError, match=f"table: missing.*{member}"):
         read_table(old)
 
 
