@@ -6,10 +6,13 @@ Rules of this file:
 1. Always the whole table, and only one that differs from what the router serves.
 2. The generation only grows, over restarts of either process.
 3. A table that the router refused is not sent again before it has changed.
+4. Under `sniroute run`, only the router of that run is spoken to: beside it there may be one whose
+   place it takes, or one that takes its place.
 """
 
 import asyncio
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +30,7 @@ from controller.core.wire import (
     encode,
     read_hello,
 )
+from controller.settings import RUN
 
 ANSWER_TIMEOUT = 30
 """Seconds that the router has to check a table: the largest takes it one or two."""
@@ -80,6 +84,7 @@ class Link:
         on_refused: Callable[[str | None], None],
     ) -> None:
         self._path = path
+        self._run = os.environ.get(RUN, "")
         self._on_served = on_served
         self._on_refused = on_refused
         self._wanted: Content | None = None
@@ -132,7 +137,10 @@ class Link:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_receive(reader, inbox), name="receive")
             await _send(writer, {"type": "hello", "version": VERSION})
-            served = read_hello(await _answer(inbox))
+            hello = await _answer(inbox)
+            served = read_hello(hello)
+            if self._run and hello["run"] != self._run:
+                raise WireError("this router is of another `sniroute run`")
             self._generation = max(self._generation, served.generation)
             log.info("router connected", generation=served.generation, routes=len(served.routes))
             self._on_served(served)

@@ -29,6 +29,10 @@ Seconds = Annotated[float, Field(gt=0, le=LONGEST)]
 
 Network = IPv4Network | IPv6Network
 
+RUN = "SNIROUTE_RUN"
+"""Where `sniroute run` names itself to its two processes, so that a controller stays with its own
+router while another takes that one's place."""
+
 ENGINE_AUTO = "auto"
 ENGINE_NONE = "none"
 ENGINE_SCHEMES = ("unix://", "tcp://", "http://", "https://")
@@ -181,6 +185,12 @@ class RouterSettings(CommonSettings):
     )
     drain: float = Field(
         30, ge=0, le=LONGEST, description="Seconds that connections have to finish after SIGTERM."
+    )
+    replace: bool = Field(
+        default=False,
+        description="Take the place of the router that has the control socket, if there is one: "
+        "its table, its addresses, and all new clients; it drains, and none of its clients is "
+        "refused or reset.",
     )
     backlog_limit: ByteSize = Field(
         ByteSize(1024 * 1024),

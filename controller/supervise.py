@@ -6,6 +6,7 @@ the controller's sake.  Each drops what it must not have by itself, before it re
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pyprctl
 import structlog
 
 from controller import log
-from controller.settings import RunSettings
+from controller.settings import RUN, RunSettings
 
 FIRST_WAIT: Final = 0.2
 LAST_WAIT: Final = 10.0
@@ -89,7 +90,7 @@ def run(settings: RunSettings) -> int:
         The exit status: 0 after a clean stop, 1 when the router could not even start.
     """
     log.configure("supervisor", settings.log_level)
-    environment = {**os.environ, **settings.environment()}
+    environment = {**os.environ, **settings.environment(), RUN: secrets.token_hex(8)}
     children = [
         Child("router", "controller.router"),
         Child("controller", "controller"),
@@ -103,7 +104,7 @@ def run(settings: RunSettings) -> int:
             if status is not None:
                 lived = time.monotonic() - child.started
                 if child.name == "router" and not status:
-                    # drained through its control socket: what was asked for is the end
+                    # drained through its control socket, or replaced: what was asked for is the end
                     return _stop(children, settings.drain)
                 logger.error("ended", child=child.name, status=status, seconds=round(lived, 1))
                 if child.name == "router" and child.starts == 1 and status > 0 and lived < LIVED:

@@ -2,17 +2,24 @@
 The control socket's messages: one JSON object a line, both ways.
 
     controller -> router   hello   {version}
-    router -> controller   hello   {version, TABLE}                   the table it serves now
+    router -> controller   hello   {version, run, TABLE}              the table it serves now
     controller -> router   table   {TABLE}                            always the whole table
     router -> controller   ack     {generation}
     router -> controller   nack    {generation, error}                the old table stays
     controller -> router   report  {engines, problems}                what the controller sees
     anyone -> router       status | routes | drain                    answered by one line each
+    new router -> old      replace                                    I shall take your place
+    old router -> new      listening  {sockets, owner}                or nack {error}
+    new router -> old      switched   {plumbing}                      all new clients are mine
+    old router -> new      closed                                     when it listens no more
 
 TABLE is `generation, routes, networks, alive`.  `networks` are the subnets of the host's container
 networks.  `alive` has for each source, as backends name it, the addresses of its labelled
 containers, routed to or not: one that was there and is not has gone with its container, while one
 that is only no longer routed to is still there.
+`run` names the `sniroute run` that started the router, empty if none did; `sockets` counts them by
+address; `owner` is what the flows of the packet hand-off that are the old router's are marked with;
+`plumbing` tells whether the old router's is the new one's from now on.
 
 Rules of this file: a message that is not exactly as written here raises `WireError`; nothing is
 guessed.  The router checks the whole of a table before it takes any of it.
@@ -192,7 +199,8 @@ def read_hello(message: Message) -> RouteTable:
     """
     if message.get("type") != "hello" or message.get("version") != VERSION:
         raise WireError(f"hello: not from a router of version {VERSION}")
-    _members(message, "hello", {"type", "version", *_TABLE})
+    _members(message, "hello", {"type", "version", "run", *_TABLE})
+    _str(message["run"], "hello.run")
     return _read_table(message, "hello", 0)
 
 
@@ -206,6 +214,32 @@ def read_table(message: Message) -> RouteTable:
     """
     _members(message, "table", {"type", *_TABLE})
     return _read_table(message, "table", 1)
+
+
+def read_listening(message: Message) -> tuple[dict[str, int], int]:
+    """
+    Read a `listening` message: how many sockets listen on each address, and whose flows are whose.
+
+    Raises:
+        WireError: it is none; a nack's error is the text.
+    """
+    if message.get("type") == "nack":
+        raise WireError(str(message.get("error")))
+    if message.get("type") != "listening":
+        raise WireError(f"not an answer to replace: {str(message)[:200]}")
+    _typed(message, "listening", {"type": str, "sockets": dict, "owner": int})
+    sockets = message["sockets"]
+    return _typed(sockets, "listening.sockets", dict.fromkeys(sockets, int)), message["owner"]
+
+
+def read_switched(message: Message) -> bool:
+    """
+    Read a `switched` message: whether the plumbing is the new router's.
+
+    Raises:
+        WireError: names the member that is wrong.
+    """
+    return bool(_typed(message, "switched", {"type": str, "plumbing": bool})["plumbing"])
 
 
 def read_report(message: Message) -> Message:

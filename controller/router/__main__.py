@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -16,10 +17,11 @@ from typing import Final
 import structlog
 from pydantic import ValidationError
 
-from bpfprog import CAPABILITIES, PACKET_ABI, STAND_IN, KernelError, Packet, Splice
+from bpfprog import CAPABILITIES, MAX_OWNERS, PACKET_ABI, STAND_IN, KernelError, Packet, Splice
 from controller import log, privilege
+from controller.core.wire import WireError
 from controller.router._native import lib
-from controller.router.control import Control
+from controller.router.control import Control, listen
 from controller.router.devices import Devices
 from controller.router.flow import Handoff
 from controller.router.listen import bind_listener
@@ -27,6 +29,7 @@ from controller.router.loop import Loop
 from controller.router.metrics import serve
 from controller.router.packet import PacketHandoff
 from controller.router.relay import RelayHandoff
+from controller.router.replace import Predecessor, find
 from controller.router.router import Router
 from controller.router.selftest import SelfTestFailed, prove, prove_packet
 from controller.router.sockmap import SockmapHandoff
@@ -35,6 +38,9 @@ from controller.settings import ClientIp, HandoffChoice, RouterSettings
 BIND: Final = "NET_BIND_SERVICE"
 
 SO_NETNS_COOKIE: Final = 71
+
+OWNERS: Final = MAX_OWNERS // 2
+"""Owners of flows that one router may have: another half is for the one that replaces it."""
 
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for all that is no connection: listeners, BPF, control, metrics, logs."""
@@ -74,27 +80,42 @@ def _serve(settings: RouterSettings) -> None:
     if lib.hello_init():
         raise NotPossible("OpenSSL does not start")
     router = Router(settings, loop, _max_connections(settings))
-    listeners = [bind_listener(address, settings.receive_buffer) for address in settings.listen]
+    predecessor = _predecessor(settings)
+    replacing = predecessor is not None
+    beside = predecessor.sockets if predecessor is not None else ()
+    # first: who has the name has the place, and with it the pins
+    place = listen(settings.control, replacing=replacing)
+    listeners = [bind_listener(a, settings.receive_buffer, beside) for a in settings.listen]
     splice, refusal = _load(settings.handoff, capabilities)
-    packet, no_packet = _load_packet(settings)
+    packet, no_packet = _load_packet(settings, predecessor)
     # loaded and bound: joining sockets needs no privilege, only a client's address does
     off = settings.client_ip == ClientIp.OFF
     privilege.drop_to(() if off and packet is None else ("NET_ADMIN",))
     _choose(router, splice, refusal, packet, no_packet)
     name = version("sniroute")
-    control = Control(router, settings.control, name)
+    control = Control(router, place, settings.control, name, replacing=replacing)
+    if predecessor is not None and predecessor.table.generation:
+        router.replace_table(predecessor.table)
     if settings.metrics != "off":
-        serve(settings.metrics, router, control, name)
+        control.metrics = serve(settings.metrics, router, control, name, beside)
     _drain_on_signal(router)
     try:
         router.transparency.start()
         if router.devices is not None:
             router.devices.start()
+        if predecessor is not None:
+            control.take_over()
         if error := lib.confine():
             logger.warning("not confined", error=os.strerror(-error))
-        # whoever ran before in this place has ended: its control socket is ours
-        router.adopt(lambda _: True)
+        if predecessor is None:
+            # whoever ran before in this place has ended
+            router.adopt(lambda _: True)
         router.listen(listeners)
+        if predecessor is not None:
+            half = predecessor.owner // OWNERS
+            adopt = partial(loop.ask, lambda: router.adopt(lambda owner: owner // OWNERS == half))
+            sockets = [*listeners, *([control.metrics.socket] if control.metrics else [])]
+            predecessor.switch(sockets, router.transparency.plumbed, control.settle, adopt)
         logger.info(
             "router ready",
             version=name,
@@ -111,6 +132,19 @@ def _serve(settings: RouterSettings) -> None:
             router.devices.stop()
         control.close()
     logger.info("router stopped")
+
+
+def _predecessor(settings: RouterSettings) -> Predecessor | None:
+    """
+    Find the router whose place this one takes, if it is to, and there is one.
+    """
+    if not settings.replace:
+        return None
+    try:
+        return find(settings.control)
+    except (OSError, WireError) as err:
+        reason = getattr(err, "strerror", None) or err
+        raise NotPossible(f"router at {settings.control} not replaced: {reason}") from None
 
 
 def _max_connections(settings: RouterSettings) -> int:
@@ -142,11 +176,15 @@ def _load(choice: HandoffChoice, capabilities: frozenset[str]) -> tuple[Splice |
         return None, reason
 
 
-def _load_packet(settings: RouterSettings) -> tuple[Packet | None, str]:
+def _load_packet(
+    settings: RouterSettings, predecessor: Predecessor | None
+) -> tuple[Packet | None, str]:
     if settings.handoff not in (HandoffChoice.AUTO, HandoffChoice.PACKET):
         return None, "not asked for"
     try:
-        return Packet(_instance(settings), 0), ""
+        # none of those that the old router has, which is still at work
+        owner = 0 if predecessor is None else (predecessor.owner + OWNERS) % MAX_OWNERS
+        return Packet(_instance(settings), owner), ""
     except KernelError as err:
         note = "\n".join(getattr(err, "__notes__", ()))
         logger.warning("packet programs refused", error=err.strerror, verifier=note[-4096:])

@@ -6,7 +6,9 @@ Rules of this file:
 1. Who may connect: root and the router's own user (SO_PEERCRED).
 2. A table is checked whole, then one reference is swapped.  A message that is wrong is answered
    with a nack, or ends that peer's connection; the table stays.
-3. Each peer has a thread, where its messages are read and its answers written: a large table takes
+3. The name of the socket goes with the place: a router that replaces another takes it over, and one
+   removes it at its end only if it still is its own.
+4. Each peer has a thread, where its messages are read and its answers written: a large table takes
    seconds.  What they change is changed in the loop.
 """
 
@@ -16,7 +18,10 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +30,9 @@ import structlog
 from controller import privilege
 from controller.core import wire
 from controller.core.routes import RouteTable
+from controller.router.listen import name
 from controller.router.router import ACCEPT_PAUSE, Router
+from controller.settings import RUN
 
 READ_SIZE: Final = 1024 * 1024
 
@@ -34,6 +41,10 @@ MAX_PEERS: Final = 32
 
 LAST_ANSWERS: Final = 1.0
 """Seconds that the end of the router waits for answers under way, as that to a `drain`."""
+
+HANDSHAKE: Final = 3.0
+"""Seconds at least that a replaced router goes on accepting: a client is accepted when its hello
+comes or a second has passed, and a lost SYN-ACK is sent again after one second, and two more."""
 
 NO_REPORT: Final[wire.Message] = {"engines": [], "problems": []}
 
@@ -45,12 +56,19 @@ class Control:
     The listening end, and what the last controller reported.
     """
 
-    def __init__(self, router: Router, path: Path, version: str) -> None:
+    def __init__(
+        self,
+        router: Router,
+        listener: socket.socket,
+        path: Path,
+        version: str,
+        *,
+        replacing: bool = False,
+    ) -> None:
         """
-        Listen on *path*.
+        Serve *listener*, which `listen` made for *path*.
 
-        Raises:
-            OSError: that is not possible; the message names the path.
+        If this router is *replacing* another, it is beside that one's until `take_over`.
         """
         self._router = router
         self.loop = router.loop
@@ -59,8 +77,23 @@ class Control:
         self._peers: set[Peer] = set()
         self._one_table = threading.Lock()
         self._closed = False
+        self._answers: dict[str, Callable[[Peer, wire.Message], wire.Message | None]] = {
+            "hello": self._hello,
+            "table": self._table,
+            "report": self._report,
+            "status": self._status,
+            "routes": self._routes,
+            "drain": self._drain,
+            "replace": self._replace,
+            "switched": self._switched,
+        }
         self.report: wire.Message = NO_REPORT
-        self._socket = _listen(path)
+        self.replacing = replacing
+        self.metrics: ThreadingHTTPServer | None = None
+        self._successor: Peer | None = None
+        self._name = Path(listener.getsockname())
+        self._socket = listener
+        self._inode = self._name.stat().st_ino
         threading.Thread(target=self._accept, name="control", daemon=True).start()
 
     @property
@@ -70,18 +103,37 @@ class Control:
         """
         return sum(peer.controller for peer in tuple(self._peers))
 
+    def take_over(self) -> None:
+        """
+        Take the control socket's name from the router that is replaced.
+        """
+        self._name = self._name.replace(self._path)
+
+    def settle(self) -> None:
+        """
+        Take note that the router that was replaced is out of the way.
+        """
+        self.replacing = False
+
     def close(self) -> None:
         """
         Stop listening, and remove the socket's name.
         """
-        self._closed = True
-        # the one wakes who waits in accept, the other does not
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._path.unlink(missing_ok=True)
+        self._stop_listening()
+        with contextlib.suppress(FileNotFoundError):
+            # it may be another router's by now
+            if self._name.stat().st_ino == self._inode:
+                self._name.unlink()
         until = time.monotonic() + LAST_ANSWERS
         for peer in tuple(self._peers):
             peer.leave(until)
+
+    def _stop_listening(self) -> None:
+        if not self._closed:
+            self._closed = True
+            # the one wakes who waits in accept, the other does not
+            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
 
     def _accept(self) -> None:
         # capabilities are a thread's, and this one passes its own on to its peers' threads
@@ -117,6 +169,8 @@ class Control:
         Take note that *peer* has left.
         """
         self._peers.discard(peer)
+        if self._successor is peer:
+            self._successor = None
 
     def answer(self, peer: "Peer", message: wire.Message) -> wire.Message | None:
         """
@@ -125,41 +179,48 @@ class Control:
         Raises:
             WireError: it asks nothing that there is.
         """
-        kind = message["type"]
-        if kind in ("hello", "table"):
-            # whoever says hello hears of a table that is on its way, and comes after it
-            with self._one_table:
-                if kind == "hello":
-                    return self._hello(message)
-                peer.controller = True
-                return self._table(message)
-        if kind == "report":
-            peer.controller = True
-            self.report = wire.read_report(message)
-            return None
-        if kind == "status":
-            return {"type": "status", **self.loop.ask(self.status)}
-        if kind == "routes":
-            return {"type": "routes", "routes": wire.dump_routes(self._router.table.routes)}
-        if kind == "drain":
-            self.loop.ask(self._router.drain)
-            return {"type": "drain"}
-        raise wire.WireError(f"unknown message type {kind!r}")
+        answer = self._answers.get(message["type"])
+        if answer is None:
+            raise wire.WireError(f"unknown message type {message['type']!r}")
+        return answer(peer, message)
 
-    def _hello(self, message: wire.Message) -> wire.Message:
+    def _hello(self, _: "Peer", message: wire.Message) -> wire.Message:
         if message.get("version") != wire.VERSION:
             raise wire.WireError(f"version {message.get('version')!r}, not {wire.VERSION}")
-        return {"type": "hello", "version": wire.VERSION, **wire.dump_table(self._router.table)}
+        # whoever says hello hears of a table that is on its way, and comes after it
+        with self._one_table:
+            return {
+                "type": "hello",
+                "version": wire.VERSION,
+                "run": os.environ.get(RUN, ""),
+                **wire.dump_table(self._router.table),
+            }
 
-    def _table(self, message: wire.Message) -> wire.Message:
-        try:
-            table = wire.read_table(message)
-        except wire.WireError as err:
-            self.loop.ask(partial(self._refuse, str(err)))
-            generation = message.get("generation")
-            return {"type": "nack", "generation": generation, "error": str(err)}
-        self.loop.ask(partial(self._take, table))
+    def _table(self, peer: "Peer", message: wire.Message) -> wire.Message:
+        peer.controller = True
+        with self._one_table:
+            try:
+                table = wire.read_table(message)
+            except wire.WireError as err:
+                self.loop.ask(partial(self._refuse, str(err)))
+                generation = message.get("generation")
+                return {"type": "nack", "generation": generation, "error": str(err)}
+            self.loop.ask(partial(self._take, table))
         return {"type": "ack", "generation": table.generation}
+
+    def _report(self, peer: "Peer", message: wire.Message) -> None:
+        peer.controller = True
+        self.report = wire.read_report(message)
+
+    def _status(self, *_: object) -> wire.Message:
+        return {"type": "status", **self.loop.ask(self.status)}
+
+    def _routes(self, *_: object) -> wire.Message:
+        return {"type": "routes", "routes": wire.dump_routes(self._router.table.routes)}
+
+    def _drain(self, *_: object) -> wire.Message:
+        self.loop.ask(self._router.drain)
+        return {"type": "drain"}
 
     def _refuse(self, error: str) -> None:
         self._router.stats.table_updates["nack"] += 1
@@ -169,6 +230,42 @@ class Control:
         self._router.replace_table(table)
         self._router.stats.table_updates["ack"] += 1
         log.info("table", generation=table.generation, routes=len(table.routes))
+
+    def _replace(self, peer: "Peer", _: wire.Message) -> wire.Message:
+        """
+        Let the router at *peer* take this one's place.
+        """
+        if self._successor not in (None, peer) or self.replacing:
+            # the order of sockets that either counts on would not hold
+            busy = "takes another's place" if self.replacing else "is being replaced"
+            return {"type": "nack", "error": f"it {busy} right now: try again in a few seconds"}
+        self._successor = peer
+        listeners = [*self._router.listeners, *([self.metrics.socket] if self.metrics else [])]
+        packet = self._router.packet
+        owner = packet.packet.owner if packet is not None else 0
+        return {"type": "listening", "sockets": Counter(map(name, listeners)), "owner": owner}
+
+    def _switched(self, peer: "Peer", message: wire.Message) -> wire.Message:
+        """
+        Leave all that is new to the successor, and drain; answer when nothing listens any more.
+        """
+        plumbing = wire.read_switched(message)
+        if self._successor is not peer:
+            raise wire.WireError("switched without replace")
+        log.info("replaced")
+        self._stop_listening()
+        # a controller finds the new router under the old name
+        for other in self._peers - {peer}:
+            other.leave(0)
+        if plumbing:
+            self._router.transparency.leave()
+        linger = max(self._router.settings.hello_timeout, HANDSHAKE)
+        self.loop.ask(partial(self._router.drain, linger))
+        self._router.closed.wait()
+        if self.metrics is not None:
+            self.metrics.shutdown()
+            self.metrics.server_close()
+        return {"type": "closed"}
 
     def status(self) -> dict[str, Any]:
         """
@@ -252,7 +349,15 @@ class Peer:
         self._thread.join(max(0.0, until - time.monotonic()))
 
 
-def _listen(path: Path) -> socket.socket:
+def listen(path: Path, *, replacing: bool = False) -> socket.socket:
+    """
+    Make the control socket *path*, or, while *replacing* another router, one beside it.
+
+    Raises:
+        OSError: that is not possible; the message names the path.
+    """
+    if replacing:
+        path = path.with_name(f"{path.name}.new")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)

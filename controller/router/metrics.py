@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
@@ -22,8 +22,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from controller.log import dropped_lines
-from controller.router.address import read_listen
 from controller.router.control import Control
+from controller.router.listen import bind
 from controller.router.router import ACCEPT_PAUSE, Router
 
 CLIENT_PATIENCE: Final = 10.0
@@ -250,10 +250,13 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+    def __init__(self, listener: socket.socket, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = listener.family
         self._free = threading.BoundedSemaphore(MAX_SCRAPERS)
-        super().__init__((host, port), handler)
+        super().__init__(listener.getsockname(), handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.server_activate()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """
@@ -287,15 +290,16 @@ class Server(ThreadingHTTPServer):
             self._free.release()
 
 
-def serve(address: str, router: Router, control: Control, version: str) -> ThreadingHTTPServer:
+def serve(
+    address: str, router: Router, control: Control, version: str, beside: Collection[str] = ()
+) -> ThreadingHTTPServer:
     """
-    Serve /metrics and /healthz on *address*, `ADDR:PORT`.
+    Serve /metrics and /healthz on *address*, `ADDR:PORT`; *beside* as for `bind`.
 
     Raises:
         ValueError: *address* is not written so.
         OSError: it can not be listened on; the message names the address.
     """
-    host, port = read_listen(address)
     registry = CollectorRegistry()
     registry.register(RouterCollector(router, control, version))
 
@@ -330,7 +334,7 @@ def serve(address: str, router: Router, control: Control, version: str) -> Threa
             """
 
     try:
-        server = Server(host, port, Handler)
+        server = Server(bind(address, beside), Handler)
     except OSError as err:
         raise OSError(err.errno, f"metrics address {address}: {err.strerror}") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

@@ -158,14 +158,14 @@ class PacketHandoff:
 
     def adopt(
         self,
-        is_ours: Callable[[int], bool],
+        is_left: Callable[[int], bool],
         enter: "Callable[[PacketFlow, bytes], Callable[[Flow], None]]",
     ) -> int:
         """
-        Take over the flows of owners that are no more, and tell the ends of those that are over.
+        Take over the flows of routers that are no more, and tell the ends of those that are over.
 
-        *is_ours* says whose; *enter* is given each flow and what is noted of it, and answers who
-        hears of its end.
+        *is_left* says whose they are; *enter* is given each flow and what is noted of it, and
+        answers who hears of its end.
 
         Returns:
             How many are under way.
@@ -173,7 +173,7 @@ class PacketHandoff:
         adopted = 0
         for number in self.packet.numbers():
             native = self.packet.flow(number)
-            if number in self.flows or not is_ours(native.owner):
+            if not is_left(native.owner):
                 continue
             self.packet.adopt(number)
             if native.state == State.CLAIMED:

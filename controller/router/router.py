@@ -3,7 +3,9 @@ What the connections of one router share: the table, the ladder of hand-offs, th
 """
 
 import errno
+import select
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from controller.router.adopted import Adopted
 from controller.router.connection import KEEPALIVE_IDLE, TAKE_LIMIT, Connection
 from controller.router.devices import Devices
 from controller.router.flow import Flow, Handoff
-from controller.router.listen import accept
+from controller.router.listen import QUEUE, accept, deafen
 from controller.router.loop import Loop
 from controller.router.packet import PacketFlow, PacketHandoff
 from controller.router.stats import Stats
@@ -102,7 +104,8 @@ class Router:
         self.taken: Any = ffi.new("unsigned char[]", TAKE_LIMIT)
         self.trusts = _membership(settings.proxy_protocol_from)
         self.draining = False
-        self._listeners: list[socket.socket] = []
+        self.listeners: list[socket.socket] = []
+        self.closed = threading.Event()
         self._accepting = False
         self._turns: dict[str, int] = {}
 
@@ -110,9 +113,11 @@ class Router:
 
     def listen(self, listeners: list[socket.socket]) -> None:
         """
-        Begin to accept.
+        Begin to listen and to accept.
         """
-        self._listeners = listeners
+        self.listeners = listeners
+        for listener in listeners:
+            listener.listen(QUEUE)
         self._resume()
 
     @property
@@ -142,14 +147,14 @@ class Router:
     def _pause(self) -> None:
         if self._accepting:
             self._accepting = False
-            for listener in self._listeners:
+            for listener in self.listeners:
                 self.loop.forget(listener.fileno())
 
     def _resume(self) -> None:
-        if self._accepting or self.draining:
+        if self._accepting:
             return
         self._accepting = True
-        for listener in self._listeners:
+        for listener in self.listeners:
             fd = listener.fileno()
             self.loop.watch(fd, EPOLLIN, lambda _, fd=fd: self._on_listener(fd))  # type: ignore[misc]
 
@@ -260,8 +265,7 @@ class Router:
         """
         if not self._accepting and self.holding < self.max_connections:
             self._resume()
-        if self.draining and not self.holding:
-            self.loop.stopping = True
+        self._stop_if_idle()
 
     # --- the table ---
 
@@ -280,9 +284,9 @@ class Router:
         self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
         self.stats.keep_routes(hosts | {c.route.host for c in self.connections if c.route})
 
-    def adopt(self, is_ours: Callable[[int], bool]) -> None:
+    def adopt(self, is_left: Callable[[int], bool]) -> None:
         """
-        Take over the flows of earlier routers' owners; *is_ours* says which owners.
+        Take over the flows of owners that have ended; *is_left* says whether one is.
         """
         if self.packet is None:
             return
@@ -292,7 +296,7 @@ class Router:
             self.connections.add(connection)
             return connection.on_over
 
-        if adopted := self.packet.adopt(is_ours, enter):
+        if adopted := self.packet.adopt(is_left, enter):
             log.info("flows adopted", flows=adopted)
 
     def _cut_off(self, gone: Container[tuple[str, str]]) -> None:
@@ -305,22 +309,56 @@ class Router:
 
     # --- the end ---
 
-    def drain(self) -> None:
+    def drain(self, linger: float = 0) -> None:
         """
         Stop accepting; stop the loop when no connection needs us, or the time for it is over.
+
+        For *linger* seconds those are still accepted who had begun to connect when all others went
+        to another router.
         """
         if self.draining:
             return
         self.draining = True
+        log.info(
+            "draining",
+            connections=self.holding,
+            seconds=self.settings.drain,
+            linger=linger,
+        )
+        if linger:
+            self.loop.later(linger, self._close_when_empty)
+        else:
+            self._close()
+        self.loop.later(linger + self.settings.drain, self._cut)
+
+    def _close_when_empty(self) -> None:
+        """
+        Stop listening once nobody waits: closing a listener resets those in its queue.
+        """
+        waiting = select.poll()
+        for listener in self.listeners:
+            # who is given to one now, while they close one by one, would be lost
+            deafen(listener)
+            waiting.register(listener, select.POLLIN)
+        if waiting.poll(0):
+            self.loop.later(ACCEPT_PAUSE, self._close_when_empty)
+        else:
+            self._close()
+
+    def _close(self) -> None:
         self._pause()
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.close()
-        log.info("draining", connections=self.holding, seconds=self.settings.drain)
-        if not self.holding:
+        self.listeners = []
+        self.closed.set()
+        self._stop_if_idle()
+
+    def _stop_if_idle(self) -> None:
+        if self.draining and not self.listeners and not self.holding:
             self.loop.stopping = True
-        self.loop.later(self.settings.drain, self._cut)
 
     def _cut(self) -> None:
+        self._close()
         for connection in tuple(self.connections):
             # the others need no router
             if connection.flow is None or connection.flow.holds_sockets:

@@ -90,6 +90,21 @@ class Transparency:
             except PlumbingError as err:
                 log.warning("plumbing left behind", reason=str(err))
 
+    @property
+    def plumbed(self) -> bool:
+        """
+        Tell whether there is plumbing to take away.
+        """
+        return self._plumbing is not None
+
+    def leave(self) -> None:
+        """
+        Look after the plumbing no more, and let it stand: it is another router's from now on.
+        """
+        if self._watch is not None:
+            self._watch.stop()
+        self._plumbing = None
+
     def _say(self, ok: bool, reason: str) -> None:  # noqa: FBT001 - the callback of `Watch`
         # may run in the watch's thread: each step is a single assignment or call
         if ok and not self.working:

@@ -200,12 +200,30 @@ def alive(process: psutil.Process) -> bool:
 class LoneRouter:
     """
     A `sniroute router` without a controller: the test is its controller.
+
+    One that *replaces* another has its addresses, and is up when all new clients are its own.
     """
 
-    def __init__(self, folder: Path, *options: str, prefix: Sequence[str] = ()) -> None:
-        self.control = folder / "router.sock"
-        self.log = folder / "log"
-        self.listen, self.metrics = free_addresses(2)
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        prefix: Sequence[str] = (),
+        replaces: "LoneRouter | None" = None,
+    ) -> None:
+        if replaces is None:
+            self.control = folder / "router.sock"
+            self.log = folder / "log"
+            self.listen, self.metrics = free_addresses(2)
+        else:
+            self.control, self.listen, self.metrics = (
+                replaces.control,
+                replaces.listen,
+                replaces.metrics,
+            )
+            self.log = replaces.log.with_name(f"{replaces.log.name}-next")
+            options = (*options, "--replace")
+        self._replaces = replaces is not None
         command = [*prefix, SNIROUTE, "router", *self.flags(), *options]
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=out)
@@ -226,6 +244,8 @@ class LoneRouter:
     def _up(self) -> bool:
         if self.process.poll() is not None:
             raise HarnessError(f"router ended: {self.log.read_text()[-3000:]}")
+        if self._replaces:
+            return "router ready" in [line["event"] for line in log_lines(self.log)]
         (status,) = ask(self.control, {"type": "status"})
         return bool(status)
 

@@ -82,6 +82,15 @@ class Sniroute:
             HarnessError: It did not end well.
         """
         self._process.send_signal(signal.SIGTERM)
+        self.wait_for_end()
+
+    def wait_for_end(self) -> None:
+        """
+        Wait until it has ended by itself.
+
+        Raises:
+            HarnessError: It did not end well.
+        """
         try:
             code = self._process.wait(timeout=45)
         except subprocess.TimeoutExpired:
@@ -96,7 +105,8 @@ class Sniroute:
         """
         with contextlib.suppress(psutil.NoSuchProcess):
             main = psutil.Process(self._process.pid)
-            for process in [main, *main.children(recursive=True)]:
+            # the supervisor last: at its end the router would drain, and clean up
+            for process in [*main.children(recursive=True), main]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self._process.wait(timeout=30)

@@ -24,6 +24,7 @@ OTHER: Final[dict[str, Any]] = {
     "hello_limit": 8192,
     "connect_timeout": 1.5,
     "drain": 0.0,
+    "replace": True,
     "backlog_limit": 131072,
     "receive_buffer": 262144,
     "max_connections": 12,

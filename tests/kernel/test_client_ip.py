@@ -581,6 +581,34 @@ def test_the_plumbing_comes_and_goes_with_the_router(lab: Lab) -> None:
     assert before == after
 
 
+def test_a_replaced_router_leaves_the_plumbing_to_its_successor(lab: Lab) -> None:
+    """
+    When a replaced router ends, its successor's backends still see their clients.
+
+    One that is replaced by a router without plumbing takes its own away.
+    """
+    app = lab.container(2)
+    lab.witness(app)
+    routes = route("app.test", app.address[4])
+    before = lab.state()
+    first = lab.product(routes=routes)
+    laid = lab.state()
+    second = lab.product("--replace", routes=routes)
+    first.wait_for_end()
+    left = lab.state()
+    answer = lab.ask("app.test")
+    with lab.product("--replace", "--client-ip", "off", routes=routes):
+        second.wait_for_end()
+        after = lab.state()
+        plain = lab.ask("app.test")
+
+    assert before != laid
+    assert laid == left
+    assert answer.client == answer.seen
+    assert before == after
+    assert gateway(4) == plain.seen[0]
+
+
 def test_flushed_filters_cost_a_second_until_they_are_back(lab: Lab) -> None:
     """
     After `nft flush ruleset` every client is still answered, and within 10 s seen again.

@@ -275,7 +275,7 @@ class Router:
         match message["type"]:
             case "hello":
                 served = RouteTable(self.generation, self.routes, self.networks, self.alive)
-                return {"type": "hello", "version": VERSION, **dump_table(served)}
+                return {"type": "hello", "version": VERSION, "run": "", **dump_table(served)}
             case "table":
                 table = read_table(message)
                 self.tables.append(table.routes)

@@ -46,13 +46,15 @@ def test_what_was_taken_is_sent_to_the_next_backend(monkeypatch: pytest.MonkeyPa
         bind_listener("127.0.0.1:0", 1 << 20) as listener,
         socket.create_server(("127.0.0.1", 0)) as one,
         socket.create_server(("127.0.0.1", 0)) as two,
-        socket.create_connection(listener.getsockname(), PATIENCE) as client,
+        socket.socket() as client,
     ):
         backends = tuple(
             Backend(name, "file", *end.getsockname()) for name, end in (("one", one), ("two", two))
         )
         router.replace_table(RouteTable(1, [Route(NAME, backends)]))
         router.listen([listener])
+        client.settimeout(PATIENCE)
+        client.connect(listener.getsockname())
         client.sendall(HEADER + HELLO + b"and more")
         client.shutdown(socket.SHUT_WR)
         got: list[Any] = []

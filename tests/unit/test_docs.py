@@ -21,7 +21,7 @@ from controller.core.problems import Code, Problem
 from controller.core.proxyprotocol import Header
 from controller.core.routes import Backend, Route, RouteTable
 from controller.router.connection import Connection, Hello
-from controller.router.control import Control
+from controller.router.control import Control, listen
 from controller.router.flow import UNTOUCHED
 from controller.router.loop import Loop
 from controller.router.metrics import RouterCollector
@@ -168,7 +168,8 @@ def test_metrics(router: Router, tmp_path: Path) -> None:
     """
     The table of metrics is that of the collector: names, types, labels, meanings.
     """
-    control = Control(router, tmp_path / "router.sock", "0")
+    path = tmp_path / "router.sock"
+    control = Control(router, listen(path), path, "0")
     collector = RouterCollector(router, control, "0")
 
     loop = threading.Thread(target=router.loop.run)

@@ -32,6 +32,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "receive_buffer": (131071, "1GiB"),
     "max_connections": (-1, 1.5, "all"),
     "access_log": ("perhaps",),
+    "replace": ("perhaps",),
     "client_ip": ("on",),
     "transparent_timeout": (0, "inf"),
     "transparent_mark": (0, 2**32),

@@ -11,7 +11,7 @@ import pytest
 from controller.core.routes import Backend, Route
 from controller.core.session import Session
 from controller.router.connection import Connection, Hello
-from controller.router.control import Control
+from controller.router.control import Control, listen
 from controller.router.flow import Flow
 from controller.router.loop import Loop
 from controller.router.metrics import RouterCollector
@@ -142,7 +142,8 @@ def test_a_scrape_reads_between_two_handlers(tmp_path: Path) -> None:
     flow = WatchedFlow()
     router.connections.add(ended_connection("forwarded", ROUTE, flow))
     router.stats.ended(ended_connection("forwarded", ROUTE, StillFlow()))
-    control = Control(router, tmp_path / "router.sock", "0")
+    path = tmp_path / "router.sock"
+    control = Control(router, listen(path), path, "0")
     collector = RouterCollector(router, control, "0")
     loop = threading.Thread(target=router.loop.run)
     loop.start()

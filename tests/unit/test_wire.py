@@ -227,20 +227,28 @@ def test_hello_tells_the_table_served() -> None:
     """
     The router's hello gives its table; generation 0 stands for none.
     """
-    hello = {"type": "hello", "version": VERSION, **dump_table(RouteTable(0, ()))}
+    hello = {"type": "hello", "version": VERSION, "run": "", **dump_table(RouteTable(0, ()))}
 
     assert (0, ()) == (read_hello(hello).generation, read_hello(hello).routes)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"version": VERSION + 1}, {"type": "ack"}, {"generation": -1}, {"generation": True}, {"x": 1}],
+    [
+        {"version": VERSION + 1},
+        {"type": "ack"},
+        {"run": 7},
+        {"generation": -1},
+        {"generation": True},
+        {"x": 1},
+    ],
 )
 def test_other_hello_is_refused(changes: dict[str, Any]) -> None:
     """
     Another version, or anything that is no hello of ours, is refused.
     """
-    hello = {"type": "hello", "version": VERSION, **dump_table(RouteTable(1, ())), **changes}
+    table = dump_table(RouteTable(1, ()))
+    hello = {"type": "hello", "version": VERSION, "run": "", **table, **changes}
 
     with pytest.raises(WireError, match="hello"):
         read_hello(hello)
