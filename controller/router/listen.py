@@ -108,6 +108,8 @@ def bind_listener(address: str, receive_buffer: int, beside: Collection[str] = (
         listener = bind(address, beside)
         # what accepted sockets inherit
         lib.socket_options(listener.fileno(), receive_buffer, KEEPALIVE_IDLE)
+        # an urgent byte (RFC 6093) is one like any other: skipped, the counts would lack it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         # the hello comes with the accept, which spares a round; a silent client shows up later
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         listener.setblocking(False)

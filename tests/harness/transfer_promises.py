@@ -16,7 +16,9 @@ import pytest
 from controller.core.alert import INTERNAL_ERROR, alert
 from controller.core.session import Side
 from harness.ends import (
+    HELLO,
     NAME,
+    PATIENCE,
     PIECE,
     Backend,
     Sender,
@@ -209,6 +211,20 @@ class TransferPromises:
                 reset(ends[source])
 
                 assert ended_by_reset(ends[source.other])
+
+    def test_an_urgent_byte_is_one_like_any_other(self, product: Product, backend: Backend) -> None:
+        """
+        Bytes that a client marks as urgent keep their place, and the end comes behind them.
+        """
+        with socket.create_connection(product.listen, PATIENCE) as client:
+            client.send(HELLO[:1], socket.MSG_OOB)
+            client.sendall(HELLO[1:])
+            with backend.accept() as end:
+                client.send(b"!", socket.MSG_OOB)
+                client.sendall(b"?")
+                client.shutdown(socket.SHUT_WR)
+
+                assert read_all(end) == b"!?"
 
     def test_both_ends_close_at_once(self, product: Product, backend: Backend) -> None:
         """
