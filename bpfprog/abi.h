@@ -39,8 +39,7 @@ struct counts {
 	__u64 pad[4];
 };
 
-/* Why the event ring is not enough: counters of what the program could not do. */
+/* Why the event ring is not enough: what the program could not do. */
 struct faults {
 	__u64 lost_events; /* the ring was full: look at every direction */
-	__u64 no_direction; /* a socket in the map without a direction */
 };

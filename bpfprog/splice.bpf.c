@@ -79,13 +79,6 @@ struct {
 	__uint(max_entries, EVENTS_BYTES);
 } events SEC(".maps");
 
-static struct faults *the_faults(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&faults, &zero);
-}
-
 /* leave the segment to user space, and tell it unless it is about to look anyway */
 static int pass(struct counts *count, const volatile __u64 *done, __u32 slot, __u32 len)
 {
@@ -93,9 +86,10 @@ static int pass(struct counts *count, const volatile __u64 *done, __u32 slot, __
 	 * space between raising consumed and reading passed: one of us sees the other.
 	 */
 	__u64 before = __sync_fetch_and_add(&count->passed, len);
+	__u32 zero = 0;
 
 	if (before == *done && bpf_ringbuf_output(&events, &slot, sizeof(slot), 0)) {
-		struct faults *fault = the_faults();
+		struct faults *fault = bpf_map_lookup_elem(&faults, &zero);
 
 		if (fault)
 			__sync_fetch_and_add(&fault->lost_events, 1);
@@ -161,13 +155,8 @@ int verdict(struct __sk_buff *skb)
 		return SK_DROP;
 
 	dir = bpf_map_lookup_elem(&directions, &self);
-	if (!dir) {
-		struct faults *fault = the_faults();
-
-		if (fault)
-			__sync_fetch_and_add(&fault->no_direction, 1);
+	if (!dir)
 		return SK_PASS;
-	}
 	peer = dir->peer;
 	slot = dir->slot;
 	limit = dir->limit;

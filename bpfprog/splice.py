@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 from bpfprog._ffi import ffi, lib
 
@@ -38,16 +38,6 @@ class KernelError(OSError):
     """
     The kernel refused a step; *errno* says how, and a note carries the verifier's log.
     """
-
-
-class Counts(NamedTuple):
-    """
-    One direction in bytes: moved in the kernel, left to user space, and of those moved on.
-    """
-
-    redirected: int
-    passed: int
-    consumed: int
 
 
 class Splice:
@@ -193,20 +183,15 @@ class Splice:
         keys = ffi.new("uint64_t[]", list(cookies))
         check(lib.splice_leave(self._splice, keys, len(keys)), "leave")
 
-    def counts(self, direction: int) -> Counts:
+    @property
+    def addresses(self) -> tuple[int, int]:
         """
-        What has become of the bytes of *direction*.
+        Where the `struct counts` and the consumed counts of all directions lie, for native code.
         """
-        counts = self._splice.counts[direction]
-        return Counts(counts.redirected, counts.passed, self._splice.consumed[direction])
-
-    def addresses(self, direction: int) -> tuple[int, int]:
-        """
-        Where a direction's `struct counts` and its consumed count lie, for native code.
-        """
+        splice = self._splice
         return (
-            int(ffi.cast("uintptr_t", self._splice.counts + direction)),
-            int(ffi.cast("uintptr_t", self._splice.consumed + direction)),
+            int(ffi.cast("uintptr_t", splice.counts)),
+            int(ffi.cast("uintptr_t", splice.consumed)),
         )
 
 

@@ -27,7 +27,10 @@ class Side(IntEnum):
         """
         The opposite end.
         """
-        return Side(1 - self)
+        return _OTHER[self]
+
+
+_OTHER = (Side.BACKEND, Side.CLIENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ Command = Drain | HalfClose | Close | Abort
 
 _DRAIN = (Drain(Side.CLIENT),), (Drain(Side.BACKEND),)
 _HALF_CLOSE = (HalfClose(Side.CLIENT),), (HalfClose(Side.BACKEND),)
+_FIN = "client_fin", "backend_fin"
 _BOTH = 0b11
 
 _CLOSE = (Close(),)
@@ -95,7 +99,7 @@ class Session:
             return ()
         self._ended |= 1 << side
         if not self.reason:
-            self.reason = f"{side.name.lower()}_fin"
+            self.reason = _FIN[side]
         return _DRAIN[side]
 
     def drained(self, side: Side) -> tuple[Command, ...]:

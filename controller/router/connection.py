@@ -5,7 +5,7 @@ Rules of this file:
 
 1. Nothing reaches a backend before a complete hello has chosen it.  A partial, odd or missing
    name never takes a default.
-2. The hello is looked at, never taken: what moves the bytes sends it first.
+2. The hello is looked at, never taken: what moves the bytes sends it on first.
 3. A connection keeps the route it was born with, whatever the table becomes.
 """
 
@@ -402,23 +402,31 @@ class Connection:
         """
         self.connect_seconds = time.monotonic() - self.dialled
         try:
-            prelude = self._begin()
+            self.flow = self._climb(self._begin())
         except OSError as err:
             return self._failed_to_connect(err.errno or errno.EIO)
-        backend, self._connecting = self._connecting, -1
+        self._connecting = -1
+        self.result = "forwarded"
+        self._router.handed_over(self)
+        return True
+
+    def _climb(self, prelude: Prelude) -> Flow:
+        """
+        Offer both sockets to each rung of the ladder, of which the last refuses nothing.
+
+        Raises:
+            OSError: the backend takes nothing.
+        """
         for handoff in self._router.rungs(self):
             try:
-                self.flow = handoff.take(self.fd, backend, self.on_over, prelude)
+                return handoff.take(self.fd, self._connecting, self.on_over, prelude)
             except Refused as refusal:
+                prelude = refusal.prelude or prelude
                 self.refusals.append(f"{handoff.name}: {refusal}")
                 if refusal.leave is not None:
                     self._leaves.append(refusal.leave)
                 self._router.refused(handoff.name, str(refusal))
-            else:
-                self.result = "forwarded"
-                self._router.handed_over(self)
-                break
-        return True
+        raise AssertionError("the relay refused")
 
     def _begin(self) -> Prelude:
         """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
-from controller.core.session import Abort, Close, Command, HalfClose, Session, Side
+from controller.core.session import Abort, Command, Drain, HalfClose, Session, Side
 from controller.router._native import lib
 from controller.router.loop import Loop
 
@@ -53,12 +53,19 @@ class Refused(Exception):  # noqa: N818 - a refusal is no error: the next hand-o
     """
     A hand-off does not take this connection; the message is the reason, a word.
 
-    *leave*, if there is one, is to be called when the connection's sockets are given up.
+    *leave*, if there is one, is to be called when the connection's sockets are given up; *prelude*,
+    if there is one, is what has passed by now.
     """
 
-    def __init__(self, reason: str, leave: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        leave: Callable[[], None] | None = None,
+        prelude: Prelude | None = None,
+    ) -> None:
         super().__init__(reason)
         self.leave = leave
+        self.prelude = prelude
 
 
 class Handoff(Protocol):
@@ -82,6 +89,7 @@ class Handoff(Protocol):
 
         Raises:
             Refused: this connection needs another hand-off.
+            OSError: the backend takes nothing; the client's socket is as it was.
         """
 
 
@@ -178,17 +186,17 @@ class Flow:
         Carry out what the session says.
         """
         for command in commands:
-            if isinstance(command, HalfClose):
+            if isinstance(command, Drain):
+                self.drain(command.side)
+            elif isinstance(command, HalfClose):
                 lib.half_close(self.fds[command.side])
-            elif isinstance(command, Close | Abort):
+            else:
                 reset = isinstance(command, Abort)
                 for fd in self.fds:
                     self.loop.close(fd, reset=reset)
                 over, self._over = self._over, forgotten
                 over(self)
                 self.release()
-            else:
-                self.drain(command.side)
 
     def failed(self, side: Side, error: int) -> None:
         """

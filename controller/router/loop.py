@@ -62,6 +62,8 @@ class Loop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        # for native steps that register a socket
+        self.epoll_fd = self._epoll.fileno()
         self._timers: list[Timer] = []
         self._soon: list[Callable[[], None]] = []
         self._closing: list[int] = []
@@ -75,25 +77,18 @@ class Loop:
         self.faults = 0
         self.watch(self._bell, select.EPOLLIN, self._on_bell)
 
-    @property
-    def epoll_fd(self) -> int:
-        """
-        The epoll descriptor, for native steps that register a socket.
-        """
-        return self._epoll.fileno()
-
     def watch(self, fd: int, events: int, handler: Handler) -> None:
         """
         Have *handler* hear of *events* of *fd*, known or not; of what holds already too.
         """
         self.handlers[fd] = handler
-        lib.watch(self._epoll.fileno(), fd, events)
+        lib.watch(self.epoll_fd, fd, events)
 
     def rearm(self, fd: int, events: int) -> None:
         """
         Hear of other *events* of *fd*, which is known; of what holds already too.
         """
-        lib.watch(self._epoll.fileno(), fd, events)
+        lib.watch(self.epoll_fd, fd, events)
 
     def forget(self, fd: int) -> None:
         """

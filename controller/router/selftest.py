@@ -2,9 +2,9 @@
 Prove a hand-off at start with real bytes on real sockets, through the code that will serve.
 
 Kernels differ in how they move redirected data, and distributions patch them; a version number
-says little.  So: a hello that waits is moved by the kick, a FIN alone is passed on while the other
-direction still works, a reader that stalls stops its writer within the bound, and every byte then
-arrives in order, with the end behind the last of them.
+says little.  So: what waits is moved by the kick, what comes later follows it, a FIN alone is
+passed on while the other direction still works, a reader that stalls stops its writer within the
+bound, and every byte then arrives in order, with the end behind the last of them.
 """
 
 import contextlib
@@ -34,7 +34,11 @@ four sockets.  Without a bound the whole of DATA is."""
 
 DATA: Final = 48 * 1024 * 1024
 
-HELLO: Final = b"a hello that is peeked at and stays queued"
+HELLO: Final = b"a hello that is peeked at and stays queued, "
+
+LATER: Final = b"and what the client says after it"
+
+GREETING: Final = b"what a backend says before it has heard anything"
 
 PIECE: Final = 256 * 1024
 
@@ -101,10 +105,15 @@ class _Trial:
 
     def run(self) -> None:
         self._client.sendall(HELLO)
+        self._backend.sendall(GREETING)
         self._wait(lambda: _peek(self._client_side) == HELLO, "hello")
+        self._wait(lambda: _peek(self._backend_side) == GREETING, "greeting")
         self._take()
-        self._wait(lambda: _peek(self._backend) == HELLO, "kick: the queued hello did not move")
-        self._backend.recv(len(HELLO))
+        self._wait(lambda: _peek(self._client) == GREETING, "kick: what was queued did not move")
+        self._client.recv(len(GREETING))
+        self._client.sendall(LATER)
+        self._wait(lambda: _peek(self._backend) == HELLO + LATER, "hello: it did not arrive whole")
+        self._backend.recv(len(HELLO + LATER))
         self._half_close()
         self._stall_and_drain()
         self._close()

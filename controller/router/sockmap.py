@@ -1,12 +1,16 @@
 """
 The `sockmap` hand-off: the kernel moves the bytes, within a bound.
 
+The hello is sent on by hand before the sockets are joined: for it alone the kernel would have to
+wake a worker.  What does not go that way, or comes meanwhile, is the kernel's.
+
 A direction is fast while BPF redirects all of it.  When its destination lags by more than the
 limit, BPF passes segments to user space and says so once; `advance` then moves them, in order
 behind what the kernel still holds, until it has caught up and BPF redirects again.
 """
 
 import errno
+import os
 import select
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +51,11 @@ class SockmapHandoff:
         self._flows: dict[int, SockmapFlow] = {}
         self._left: list[tuple[int, tuple[int, int]]] = []
         self._lost_events = 0
+        counts, consumed = splice.addresses
+        self.joined = ffi.new(
+            "struct joined *",
+            (ffi.cast("struct counts *", counts), ffi.cast("uint64_t *", consumed)),
+        )
         loop.round_ends.append(self._leave)
         loop.watch(splice.events_fd, select.EPOLLIN, self._on_events)
 
@@ -58,26 +67,32 @@ class SockmapHandoff:
         prelude: Prelude = UNTOUCHED,
     ) -> Flow:
         """
-        Join the two sockets.
+        Send the hello on and join the two sockets.
 
         Raises:
             Refused: the kernel does not take one of them, or every number is in use.
+            OSError: the backend takes nothing; the client's socket is as it was.
         """
         if not self._free:
             raise Refused("full")
         # BPF would forward the whole of a segment that was read in part
         if prelude.pending or not prelude.drained:
             raise Refused("not_drained")
+        sent = 0 if prelude.taken else lib.send_on(client, backend)
+        if sent < 0:
+            raise OSError(-sent, os.strerror(-sent))
         number = self._free.pop()
         try:
             joined, cookies = self.splice.join(client, backend, number, self._limit)
         except OSError as err:
             self._free.append(number)
-            raise Refused(errno.errorcode.get(err.errno or 0, "unknown").lower()) from None
+            reason = errno.errorcode.get(err.errno or 0, "unknown").lower()
+            raise Refused(reason, prelude=_after(prelude, sent)) from None
         if not joined:
             # a verdict of the client's may run now, so its number is not free before it is closed
-            raise Refused("backend_ended", partial(self._left.append, (number, cookies)))
-        flow = SockmapFlow(self, (client, backend), over, (number, cookies), prelude)
+            leave = partial(self._left.append, (number, cookies))
+            raise Refused("backend_ended", leave, _after(prelude, sent))
+        flow = SockmapFlow(self, (client, backend), over, (number, cookies), (prelude, sent))
         self._flows[number] = flow
         flow.start()
         return flow
@@ -110,6 +125,28 @@ class SockmapHandoff:
         self._left.clear()
 
 
+def _after(prelude: Prelude, sent: int) -> Prelude:
+    """
+    Add to *prelude* what was sent on by hand.
+    """
+    if not sent:
+        return prelude
+    return Prelude(prelude.taken + sent, prelude.given + sent, prelude.moved + sent)
+
+
+class _Lag:
+    """
+    What a direction needs while its destination lags, which most never do.
+    """
+
+    __slots__ = ("pipe", "retry", "timer")
+
+    def __init__(self) -> None:
+        self.pipe: Any = ffi.NULL
+        self.retry = FIRST_RETRY
+        self.timer: Timer | None = None
+
+
 class SockmapFlow(Flow):
     """
     One joined connection.
@@ -117,16 +154,7 @@ class SockmapFlow(Flow):
 
     handoff = "sockmap"
 
-    __slots__ = (
-        "_handoff",
-        "_pipes",
-        "_prelude",
-        "_retry",
-        "_timers",
-        "_views",
-        "cookies",
-        "number",
-    )
+    __slots__ = ("_before", "_handoff", "_joined", "_lags", "_moved", "cookies", "number")
 
     def __init__(
         self,
@@ -134,20 +162,21 @@ class SockmapFlow(Flow):
         fds: tuple[int, int],
         over: Callable[[Flow], None],
         joined: tuple[int, tuple[int, int]],
-        prelude: Prelude,
+        passed: tuple[Prelude, int],
     ) -> None:
         super().__init__(handoff.loop, fds, over)
         self._handoff = handoff
         self.number, self.cookies = joined
-        self._prelude = prelude
-        self._views: list[Any] = [None, None]
-        self._pipes = [ffi.NULL, ffi.NULL]
-        self._timers: list[Timer | None] = [None, None]
-        self._retry = [FIRST_RETRY, FIRST_RETRY]
+        self._joined = handoff.joined
+        prelude, sent = passed
+        self._moved = prelude.moved + sent
+        # what came and went before; the backend was dialled: its first number went to the SYN
+        self._before = ((prelude.taken + sent, _SYN + prelude.given + sent), (0, 0))
+        self._lags: dict[Side, _Lag] = {}
 
     def start(self) -> None:
         """
-        Listen for the ends, then have the kernel look at what is queued: the hello goes first.
+        Listen for the ends, and have the kernel look at what is queued.
         """
         self.watch(ENDED)
 
@@ -162,9 +191,17 @@ class SockmapFlow(Flow):
 
     def drain(self, side: Side) -> None:
         """
-        Begin to look whether all that came from *side* is written.
+        Say whether all that came from *side* is written, or begin to look for it.
         """
-        self.advance(side)
+        if self._drained(side):
+            self.run(self.session.drained(side))
+        else:
+            self.advance(side)
+
+    def _drained(self, side: Side) -> bool:
+        fds, direction = self.fds, 2 * self.number + side
+        taken, given = self._before[side]
+        return bool(lib.drained(fds[side], fds[1 - side], self._joined, direction, taken, given))
 
     def advance(self, side: Side) -> None:
         """
@@ -179,7 +216,7 @@ class SockmapFlow(Flow):
             self._wait(side, status)
         elif not session.waits_to_drain(side):
             self._relax(side)
-        elif lib.drained(self.fds[side], self.fds[side.other], self._view(side)):
+        elif self._drained(side):
             self._relax(side)
             self.run(session.drained(side))
         else:
@@ -189,13 +226,21 @@ class SockmapFlow(Flow):
         """
         Move what user space has to, and tell why that stopped.
         """
-        counts = self._view(side)
-        if not lib.is_slow(counts):
+        direction = 2 * self.number + side
+        if not lib.is_slow(self._joined, direction):
             return int(lib.MOVE_IDLE)
-        if self._pipes[side] == ffi.NULL:
-            self._pipes[side] = lib.pipe_new()
+        lag = self._lag(side)
+        if lag.pipe == ffi.NULL:
+            lag.pipe = lib.pipe_new()
         fds = self.fds[side], self.fds[side.other]
-        return int(lib.slow_pump(self._pipes[side], *fds, counts, TURN))
+        _, given = self._before[side]
+        return int(lib.slow_pump(lag.pipe, *fds, self._joined, direction, given, TURN))
+
+    def _lag(self, side: Side) -> _Lag:
+        lag = self._lags.get(side)
+        if lag is None:
+            lag = self._lags[side] = _Lag()
+        return lag
 
     def _wait(self, side: Side, status: int) -> None:
         """
@@ -209,57 +254,44 @@ class SockmapFlow(Flow):
         elif status == lib.MOVE_QUEUED:
             # the kernel's worker tells nobody when it is done: look again, but only while the
             # destination is writable, for else there is nothing to see
-            delay = self._retry[side]
-            self._retry[side] = min(2 * delay, LAST_RETRY)
+            lag = self._lag(side)
             again = partial(self.loop.rearm, destination, ENDED | select.EPOLLOUT)
-            self._timers[side] = self.loop.later(delay, again)
+            lag.timer = self.loop.later(lag.retry, again)
+            lag.retry = min(2 * lag.retry, LAST_RETRY)
         elif status == lib.MOVE_FAILED:
             self.failed(side, lib.socket_error(self.fds[side]))
         else:
             self.failed(side.other, lib.socket_error(destination))
 
     def _cancel_timer(self, side: Side) -> None:
-        timer = self._timers[side]
-        if timer is not None:
-            timer.cancel()
-            self._timers[side] = None
-
-    def _view(self, side: Side) -> Any:
-        """
-        Where native code finds the counts of *side*; most connections need it at their end only.
-        """
-        view = self._views[side]
-        if view is None:
-            counts, consumed = self._handoff.splice.addresses(2 * self.number + side)
-            taken, given = self._prelude.taken, self._prelude.given
-            # the backend was dialled: its first sequence number went to the SYN
-            before = (taken, _SYN + given) if side == Side.CLIENT else (0, 0)
-            view = self._views[side] = ffi.new(
-                "struct direction_counts *",
-                (ffi.cast("struct counts *", counts), ffi.cast("uint64_t *", consumed), *before),
-            )
-        return view
+        lag = self._lags.get(side)
+        if lag is not None and lag.timer is not None:
+            lag.timer.cancel()
+            lag.timer = None
 
     def _relax(self, side: Side) -> None:
-        if self._pipes[side] != ffi.NULL:
-            lib.pipe_free(self._pipes[side])
-            self._pipes[side] = ffi.NULL
+        lag = self._lags.get(side)
+        if lag is None:
+            return
+        if lag.pipe != ffi.NULL:
+            lib.pipe_free(lag.pipe)
+            lag.pipe = ffi.NULL
             self.loop.rearm(self.fds[side.other], ENDED)
-        self._retry[side] = FIRST_RETRY
+        lag.retry = FIRST_RETRY
 
     def bytes(self, side: Side) -> int:
         """
         Count what came from *side* and was moved on, by the kernel or by us.
         """
-        redirected, _, consumed = self._handoff.splice.counts(2 * self.number + side)
-        return redirected + consumed + (self._prelude.moved if side == Side.CLIENT else 0)
+        moved = int(lib.moved(self._joined, 2 * self.number + side))
+        return moved if side else moved + self._moved
 
     def release(self) -> None:
         """
         Free the pipes, and the connection's number once its sockets are closed.
         """
-        for side in Side:
-            lib.pipe_free(self._pipes[side])
-            self._pipes[side] = ffi.NULL
+        for side, lag in self._lags.items():
+            lib.pipe_free(lag.pipe)
+            lag.pipe = ffi.NULL
             self._cancel_timer(side)
         self._handoff.leave(self)

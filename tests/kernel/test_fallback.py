@@ -36,7 +36,7 @@ from harness.tools import CAPABILITIES, find_program, limited, wait_for
 
 from bpfprog import MAX_CONNECTIONS, Splice
 from controller.core.session import Side
-from controller.router.flow import Flow, Handoff, Refused
+from controller.router.flow import UNTOUCHED, Flow, Handoff, Prelude, Refused
 from controller.router.loop import Loop
 from controller.router.relay import RelayHandoff
 from controller.router.sockmap import SockmapHandoff
@@ -223,7 +223,7 @@ def pair(protocol: int) -> Iterator[tuple[socket.socket, socket.socket]]:
 @pytest.mark.parametrize("which", list(Side), ids=["client", "backend"])
 def test_an_mptcp_socket_is_relayed(which: Side) -> None:
     """
-    A sockmap takes no MPTCP socket: it is refused untouched, and the relay carries every byte.
+    A sockmap takes no MPTCP socket: it is refused, and the relay carries every byte once.
     """
     protocols = [socket.IPPROTO_TCP, socket.IPPROTO_TCP]
     protocols[which] = IPPROTO_MPTCP
@@ -237,13 +237,16 @@ def test_an_mptcp_socket_is_relayed(which: Side) -> None:
         for end in (client, client_side, backend_side, backend):
             end.setblocking(False)
         client.sendall(HELLO)
-        refusals, leaves = [], []
+        refusals, leaves, prelude = [], [], UNTOUCHED
         ladder: list[Handoff] = [sockmap, RelayHandoff(loop)]
         for handoff in ladder:
             try:
-                flow = handoff.take(client_side.fileno(), backend_side.fileno(), over.append)
+                flow = handoff.take(
+                    client_side.fileno(), backend_side.fileno(), over.append, prelude
+                )
                 break
             except Refused as refusal:
+                prelude = refusal.prelude or prelude
                 refusals.append((handoff.name, str(refusal)))
                 leaves += [refusal.leave] if refusal.leave else []
         client_side.detach()
@@ -251,6 +254,9 @@ def test_an_mptcp_socket_is_relayed(which: Side) -> None:
         heard = turn_until(loop, lambda: received(backend, len(HELLO)))
         backend.sendall(b"and back")
         answer = turn_until(loop, lambda: received(client, 8))
+        moved = flow.bytes(Side.CLIENT), flow.bytes(Side.BACKEND)
+        with pytest.raises(BlockingIOError):
+            backend.recv(1)
         client.close()
         backend.close()
         turn_until(loop, lambda: over)
@@ -263,8 +269,41 @@ def test_an_mptcp_socket_is_relayed(which: Side) -> None:
     # the client of a backend that was refused is in the map until it is closed
     assert (int(which is Side.BACKEND), 0) == (held, left)
     assert (HELLO, b"and back") == (heard, answer)
+    assert (len(HELLO), 8) == moved
     assert flow.handoff == "relay"
     assert [name for name, _ in refusals] == ["sockmap"]
+
+
+def test_the_rest_of_a_segment_is_moved_once() -> None:
+    """
+    Of a segment that was read in part the kernel moves what is left, and the end comes behind it.
+    """
+    loop, over = Loop(), list[Flow]()
+    with (
+        Splice() as splice,
+        pair(socket.IPPROTO_TCP) as (client, client_side),
+        pair(socket.IPPROTO_TCP) as (backend_side, backend),
+    ):
+        sockmap = SockmapHandoff(loop, splice, 1024 * 1024)
+        for end in (client, client_side, backend_side, backend):
+            end.setblocking(False)
+        client.sendall(HELLO)
+        backend_side.sendall(client_side.recv(40))
+        flow = sockmap.take(
+            client_side.fileno(), backend_side.fileno(), over.append, Prelude(40, 40, 40)
+        )
+        client_side.detach()
+        backend_side.detach()
+        client.sendall(b"more")
+        heard = turn_until(loop, lambda: received(backend, len(HELLO) + 4))
+        client.close()
+        backend.close()
+        turn_until(loop, lambda: over)
+        moved = flow.bytes(Side.CLIENT)
+
+    assert HELLO + b"more" == heard
+    assert len(HELLO) + 4 == moved
+    assert flow.session.reason == "client_fin"
 
 
 def received(end: socket.socket, size: int) -> bytes:

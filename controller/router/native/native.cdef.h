@@ -97,15 +97,20 @@ bool pipe_fill(struct pipe *pipe, const void *data, size_t size);
 void pipe_free(struct pipe *pipe);
 enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_t *moved);
 
-/* a joined direction: what BPF writes, and what we write */
-struct direction_counts {
+int send_on(int from, int to);
+
+/* the counts of all joined directions: what BPF writes, and what we write */
+struct joined {
 	const struct counts *counts;
 	uint64_t *consumed;
-	uint64_t taken; /* bytes taken from the source before the join */
-	uint64_t given; /* sequence numbers the destination had used before the join */
 };
 
-bool is_slow(const struct direction_counts *of);
-enum move slow_pump(struct pipe *pipe, int from, int to, const struct direction_counts *of,
-		    size_t budget);
-bool drained(int from, int to, const struct direction_counts *of);
+/* before the join, *taken* bytes came from the source, and the destination had used *given*
+ * sequence numbers
+ */
+bool is_slow(const struct joined *joined, uint32_t direction);
+enum move slow_pump(struct pipe *pipe, int from, int to, const struct joined *joined,
+		    uint32_t direction, uint64_t given, size_t budget);
+bool drained(int from, int to, const struct joined *joined, uint32_t direction, uint64_t taken,
+	     uint64_t given);
+uint64_t moved(const struct joined *joined, uint32_t direction);

@@ -3,7 +3,10 @@
  * a joined direction whose destination lags.
  */
 
-enum { CHUNK = 1024 * 1024 }; /* one read: fewer, larger steps are what makes a copy cheap */
+enum {
+	CHUNK = 1024 * 1024, /* one read: fewer, larger steps are what makes a copy cheap */
+	BY_HAND = 16384, /* a hello with what follows it at once; any fresh socket takes as much */
+};
 
 static unsigned char chunk[CHUNK];
 
@@ -108,6 +111,25 @@ enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_
 	return status;
 }
 
+/* Write to *to* what *from* has received, and only then take it; what is not written stays, and
+ * so does more than a hello.
+ *
+ * Returns how much went, or -errno when *to* takes nothing, ever.
+ */
+int send_on(int from, int to)
+{
+	ssize_t size = recv(from, chunk, BY_HAND + 1, MSG_PEEK), sent;
+
+	if (size <= 0 || size > BY_HAND)
+		return 0;
+	sent = send(to, chunk, size, MSG_NOSIGNAL);
+	if (sent < 0)
+		return errno == EAGAIN ? 0 : -errno;
+	/* MSG_TRUNC: TCP drops the bytes without copying them (tcp(7)) */
+	recv(from, NULL, sent, MSG_TRUNC);
+	return sent;
+}
+
 /* --- a joined direction --- */
 
 static int read_info(int fd, struct tcp_info *info)
@@ -119,40 +141,45 @@ static int read_info(int fd, struct tcp_info *info)
 	return 0;
 }
 
-/* What TCP has accepted of what was written to *fd*, from its first sequence number on: what is
- * acknowledged, and what is not yet.  The two are of one moment if the first did not change
- * meanwhile.  (What it has sent is no measure: a segment that is dropped on this host is counted
- * each time.)
- *
- * Returns 0, or -EAGAIN when acknowledgements come too fast to tell.
+/* Whether TCP has accepted *bytes* of what was written to *fd*, from its first sequence number
+ * on: what is acknowledged, and what is not yet.  The two are of one moment if the first did not
+ * change meanwhile; acknowledgements that come too fast to tell are no.  (What it has sent is no
+ * measure: a segment that is dropped on this host is counted each time.)
  */
-static int accepted(int fd, uint64_t *bytes)
+static bool accepted(int fd, uint64_t bytes)
 {
 	struct tcp_info before, after;
 	int unacknowledged;
 
 	for (int i = 0; i < 4; i++) {
-		if (read_info(fd, &before) || ioctl(fd, SIOCOUTQ, &unacknowledged) ||
-		    read_info(fd, &after))
-			return -errno;
-		if (before.tcpi_bytes_acked == after.tcpi_bytes_acked) {
-			*bytes = after.tcpi_bytes_acked + unacknowledged;
-			return 0;
-		}
+		if (read_info(fd, &before))
+			return false;
+		/* mostly so when the source has ended */
+		if (before.tcpi_bytes_acked == bytes)
+			return true;
+		if (ioctl(fd, SIOCOUTQ, &unacknowledged) || read_info(fd, &after))
+			return false;
+		if (before.tcpi_bytes_acked == after.tcpi_bytes_acked)
+			return after.tcpi_bytes_acked + unacknowledged == bytes;
 	}
-	return -EAGAIN;
+	return false;
 }
 
-static bool backlog_empty(int to, const struct direction_counts *of)
+/* Bytes that were moved on, by the kernel or by us. */
+uint64_t moved(const struct joined *joined, uint32_t direction)
 {
-	uint64_t bytes;
-
-	return !accepted(to, &bytes) && bytes == of->given + of->counts->redirected + *of->consumed;
+	return joined->counts[direction].redirected + joined->consumed[direction];
 }
 
-bool is_slow(const struct direction_counts *of)
+static bool backlog_empty(int to, const struct joined *joined, uint32_t direction, uint64_t given)
 {
-	return __atomic_load_n(&of->counts->passed, __ATOMIC_SEQ_CST) != *of->consumed;
+	return accepted(to, given + moved(joined, direction));
+}
+
+bool is_slow(const struct joined *joined, uint32_t direction)
+{
+	return __atomic_load_n(&joined->counts[direction].passed, __ATOMIC_SEQ_CST) !=
+	       joined->consumed[direction];
 }
 
 /* Move what the kernel passed to us, once all that it redirected before is written: not before,
@@ -162,28 +189,29 @@ bool is_slow(const struct direction_counts *of)
  * Returns MOVE_IDLE when the kernel carries the direction again, MOVE_QUEUED when its backlog is
  * not written yet, MOVE_FULL when the destination takes no more.
  */
-enum move slow_pump(struct pipe *pipe, int from, int to, const struct direction_counts *of,
-		    size_t budget)
+enum move slow_pump(struct pipe *pipe, int from, int to, const struct joined *joined,
+		    uint32_t direction, uint64_t given, size_t budget)
 {
+	uint64_t *consumed = joined->consumed + direction;
 	enum move status = MOVE_MORE;
 	size_t spent = 0;
 
 	while (status == MOVE_MORE && spent < budget) {
 		size_t went;
 
-		if (!is_slow(of))
+		if (!is_slow(joined, direction))
 			return MOVE_IDLE;
-		if (!backlog_empty(to, of))
+		if (!backlog_empty(to, joined, direction, given))
 			return MOVE_QUEUED;
 		went = pipe_step(pipe, from, to, &status);
 		/* see pass() in splice.bpf.c for the barrier that meets these */
-		__atomic_store_n(of->consumed, *of->consumed + went, __ATOMIC_SEQ_CST);
+		__atomic_store_n(consumed, *consumed + went, __ATOMIC_SEQ_CST);
 		__atomic_thread_fence(__ATOMIC_SEQ_CST);
 		spent += went;
 	}
 	/* counted a moment before it is queued for us: look again */
 	if (status == MOVE_IDLE || status == MOVE_END)
-		status = is_slow(of) ? MOVE_QUEUED : MOVE_IDLE;
+		status = is_slow(joined, direction) ? MOVE_QUEUED : MOVE_IDLE;
 	return status;
 }
 
@@ -193,13 +221,14 @@ enum move slow_pump(struct pipe *pipe, int from, int to, const struct direction_
  * the socket's lock, so it waits for that verdict, and bytes_received proves it: it counts
  * every byte in order and, for one, the FIN (tcp_rcv_nxt_update).
  */
-bool drained(int from, int to, const struct direction_counts *of)
+bool drained(int from, int to, const struct joined *joined, uint32_t direction, uint64_t taken,
+	     uint64_t given)
 {
+	const struct counts *counts = joined->counts + direction;
 	struct tcp_info info;
 
 	if (read_info(from, &info))
 		return false;
-	return info.tcpi_bytes_received ==
-		       of->taken + of->counts->redirected + of->counts->passed + 1 &&
-	       !is_slow(of) && backlog_empty(to, of);
+	return info.tcpi_bytes_received == taken + counts->redirected + counts->passed + 1 &&
+	       !is_slow(joined, direction) && backlog_empty(to, joined, direction, given);
 }
