@@ -228,6 +228,7 @@ def _choose(
             prove_packet(loop, handoff)
             router.devices = Devices(packet.follow)
             handoff.on_freed = router.freed
+            handoff.on_drained = router.devices.stop
             router.packet = handoff
             ladder.insert(0, handoff)
         except (SelfTestFailed, OSError) as err:

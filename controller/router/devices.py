@@ -81,7 +81,9 @@ class Devices:
         """
         End, and wait for it.
         """
-        os.close(self._bell)
+        if self._bell >= 0:
+            os.close(self._bell)
+            self._bell = -1
         if self._thread.is_alive():
             self._thread.join()
 
