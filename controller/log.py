@@ -2,15 +2,17 @@
 Logs: one JSON object a line on standard error, for all processes.
 
 A log that nobody reads must not stop a router: lines wait in a bounded queue for a thread that
-writes them, and are dropped, and counted, when it is full.
+writes them, and are dropped, and counted, when it is full.  The thread lets lines gather: one that
+woke for each would take more time from the router's loop than the line itself.
 """
 
 import atexit
 import contextlib
 import logging
-import queue
 import sys
 import threading
+from collections import deque
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
@@ -20,6 +22,12 @@ from controller import privilege
 
 QUEUE_LINES: Final = 16384
 """Lines that may wait: about a second of connections, and 10 MB."""
+
+GATHER: Final = 0.02
+"""Seconds for which lines gather; nobody who reads a log sees it."""
+
+BATCH: Final = 1024
+"""Lines in one write."""
 
 LAST_LINES: Final = 2.0
 """Seconds that the end of the process waits for the lines in the queue."""
@@ -32,7 +40,9 @@ class Writer:
 
     def __init__(self) -> None:
         self.dropped = 0
-        self._lines: queue.Queue[bytes | None] = queue.Queue(QUEUE_LINES)
+        self._lines: deque[bytes] = deque()
+        self._bell = threading.Event()
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
         atexit.register(self._finish)
@@ -41,10 +51,12 @@ class Writer:
         """
         Queue *line*.
         """
-        try:
-            self._lines.put_nowait(line + b"\n")
-        except queue.Full:
+        if len(self._lines) >= QUEUE_LINES:
             self.dropped += 1
+            return
+        self._lines.append(line)
+        if not self._bell.is_set():
+            self._bell.set()
 
     debug = info = warning = error = critical = exception = msg
 
@@ -52,20 +64,28 @@ class Writer:
         # capabilities are a thread's: those of a process that logs before it drops its own
         # would stay in this one
         privilege.drop_to(())
-        out = sys.stderr.buffer
-        while (line := self._lines.get()) is not None:
-            with contextlib.suppress(OSError):
-                out.write(line)
-                if self._lines.empty():
-                    out.flush()
+        lines = self._lines
+        while lines or not self._ending.is_set():
+            self._bell.wait()
+            self._ending.wait(GATHER)
+            # before the look at the queue, so that no line is left in it without a bell
+            self._bell.clear()
+            while lines:
+                batch = [lines.popleft() for _ in range(min(len(lines), BATCH))]
+                with contextlib.suppress(OSError):
+                    sys.stderr.buffer.write(b"\n".join((*batch, b"")))
+                    sys.stderr.buffer.flush()
 
     def _finish(self) -> None:
-        with contextlib.suppress(queue.Full):
-            self._lines.put(None, timeout=LAST_LINES)
+        self._ending.set()
+        self._bell.set()
         self._thread.join(LAST_LINES)
 
 
 _writers: list[Writer] = []
+
+_line = {"event": "connection", "level": "", "process": ""}
+"""What is in all lines of connections; no level, no lines."""
 
 
 def dropped_lines() -> int:
@@ -79,6 +99,15 @@ def _writer(*_: Any) -> Writer:
     if not _writers:
         _writers.append(Writer())
     return _writers[0]
+
+
+def connection(fields: dict[str, Any]) -> None:
+    """
+    Write the line of a connection, as `info` would, in a fifth of its time.
+    """
+    if _line["level"]:
+        now = {"timestamp": datetime.now(UTC)}
+        _writer().msg(orjson.dumps(fields | _line | now, option=orjson.OPT_UTC_Z))
 
 
 def configure(process: str, level: str) -> None:
@@ -104,3 +133,4 @@ def configure(process: str, level: str) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=process)
+    _line.update(process=process, level="info" if number <= logging.INFO else "")

@@ -18,6 +18,7 @@ import structlog
 from bpfprog import MAX_CONNECTIONS
 from controller.core.routes import HANDOFFS, Backend, Route, RouteTable
 from controller.core.session import Side
+from controller.log import connection as write_line
 from controller.router._native import ffi, lib
 from controller.router.address import pack
 from controller.router.adopted import Adopted
@@ -256,7 +257,7 @@ class Router:
         self.connections.discard(connection)
         self.stats.ended(connection)
         if self.settings.access_log:
-            log.info("connection", **connection.record(reason))
+            write_line(connection.record(reason))
         self.freed()
 
     def freed(self) -> None:

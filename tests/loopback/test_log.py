@@ -173,6 +173,9 @@ def test_the_level_is_kept(tmp_path: Path, backend: Backend) -> None:
     with LoneRouter(tmp_path, "--handoff", "relay", "--log-level", "warning") as router:
         ask(router.control, table(1, {NAME: [backend.address]}))
         ask(router.control, table(2, {}) | {"routes": 7})
+        with socket.create_connection(router.listen, PATIENCE) as client:
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            read_all(client)
         wait_for("a line", lambda: log_lines(router.log))
         code = router.stop()
 
