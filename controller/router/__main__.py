@@ -2,6 +2,7 @@
 The router process: take what privileges it needs, prove the hand-offs, serve, and drain.
 """
 
+import gc
 import hashlib
 import os
 import resource
@@ -47,6 +48,10 @@ SPARE_DESCRIPTORS: Final = 64
 
 TURN: Final = 0.0005
 """Seconds that the loop waits for its turn while another thread reads a table or writes a page."""
+
+YOUNG: Final = 20_000
+"""Objects that may be new before the interpreter looks for circles among them: a connection leaves
+none, and what stood at start is not looked at again."""
 
 logger = structlog.get_logger()
 
@@ -100,9 +105,7 @@ def _serve(settings: RouterSettings) -> None:
         control.metrics = serve(settings.metrics, router, control, name, beside)
     _drain_on_signal(router)
     try:
-        router.transparency.start()
-        if router.devices is not None:
-            router.devices.start()
+        router.start()
         if predecessor is not None:
             control.take_over()
         if error := lib.confine():
@@ -125,11 +128,11 @@ def _serve(settings: RouterSettings) -> None:
             max_connections=router.max_connections,
             capabilities=sorted(capabilities),
         )
+        gc.freeze()
+        gc.set_threshold(YOUNG)
         loop.run()
     finally:
-        router.transparency.stop()
-        if router.devices is not None:
-            router.devices.stop()
+        router.stop()
         control.close()
     logger.info("router stopped")
 

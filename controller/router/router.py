@@ -110,6 +110,22 @@ class Router:
         self._accepting = False
         self._turns: dict[str, int] = {}
 
+    def start(self) -> None:
+        """
+        Begin what goes on beside the loop, in threads.
+        """
+        self.transparency.start()
+        if self.devices is not None:
+            self.devices.start()
+
+    def stop(self) -> None:
+        """
+        End that.
+        """
+        self.transparency.stop()
+        if self.devices is not None:
+            self.devices.stop()
+
     # --- accepting ---
 
     def listen(self, listeners: list[socket.socket]) -> None:
