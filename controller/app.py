@@ -250,7 +250,7 @@ class Controller:
             found.update(self._served.networks)
         return tuple(sorted(found))
 
-    def _alive(self, silent: set[str]) -> dict[str, tuple[str, ...]]:
+    def _alive(self, silent: set[str]) -> dict[str, frozenset[str]]:
         kept = {s: alive for s, alive in self._served.alive.items() if s in silent}
         heard = {e.address.name: addresses(e.containers) for e in self._engines if e.listing}
         return kept | heard

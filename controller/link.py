@@ -39,7 +39,7 @@ _CHUNK = 1 << 16
 _NAMED = 20
 """Hosts that a log line names; of more it tells the number."""
 
-Content = tuple[tuple[Route, ...], tuple[str, ...], dict[str, tuple[str, ...]]]
+Content = tuple[tuple[Route, ...], tuple[str, ...], dict[str, frozenset[str]]]
 """Routes, networks, and who is alive: a table but for its generation."""
 
 log = structlog.get_logger()

@@ -166,17 +166,17 @@ def carry(
     return pool([(r.host, b) for r in routes for b in r.backends] + kept)
 
 
-def addresses(containers: Iterable[Container]) -> tuple[str, ...]:
+def addresses(containers: Iterable[Container]) -> frozenset[str]:
     """
-    List all addresses of *containers* in container networks, sorted, and each once.
+    Gather all addresses of *containers* in container networks.
     """
-    found = {
+    return frozenset(
         address
         for container in containers
         for network in container.networks
         for address in (network.address, network.address6)
-    }
-    return tuple(sorted(found - {""}))
+        if address
+    )
 
 
 def diff(old: Iterable[Route], new: Iterable[Route]) -> Changes:

@@ -101,9 +101,7 @@ class RouteTable:
     ) -> None:
         self.generation = generation
         self.networks = tuple(sorted(networks))
-        self.alive = {
-            source: tuple(sorted(addresses)) for source, addresses in (alive or {}).items()
-        }
+        self.alive = {source: frozenset(found) for source, found in (alive or {}).items()}
         self._routes = {route.host: route for route in routes}
 
     @property
@@ -113,17 +111,11 @@ class RouteTable:
         """
         return tuple(self._routes[host] for host in sorted(self._routes))
 
-    def gone(self, newer: "RouteTable") -> frozenset[tuple[str, str]]:
+    def lacks(self, source: str, address: str) -> bool:
         """
-        Tell which containers of this table are no more in a *newer* one, by source and address.
-
-        A source that the newer one does not tell of is no news of its containers.
+        Tell whether no container of *source* has *address*; not so of a source that is not told of.
         """
-        return frozenset(
-            (source, address)
-            for source in self.alive.keys() & newer.alive.keys()
-            for address in set(self.alive[source]).difference(newer.alive[source])
-        )
+        return source in self.alive and address not in self.alive[source]
 
     def find(self, name: str) -> Route | None:
         """

@@ -14,9 +14,9 @@ The control socket's messages: one JSON object a line, both ways.
     old router -> new      closed                                     when it listens no more
 
 TABLE is `generation, routes, networks, alive`.  `networks` are the subnets of the host's container
-networks.  `alive` has for each source, as backends name it, the addresses of its labelled
-containers, routed to or not: one that was there and is not has gone with its container, while one
-that is only no longer routed to is still there.
+networks.  `alive` has for each source, as backends name it, the sorted addresses of its labelled
+containers, routed to or not: one that is not there has gone with its container, while one that is
+only no longer routed to still is.
 `run` names the `sniroute run` that started the router, empty if none did; `sockets` counts them by
 address; `owner` is what the flows of the packet hand-off that are the old router's are marked with;
 `plumbing` tells whether the old router's is the new one's from now on.
@@ -156,7 +156,7 @@ def dump_table(table: RouteTable) -> Message:
         "generation": table.generation,
         "routes": dump_routes(table.routes),
         "networks": list(table.networks),
-        "alive": {source: list(addresses) for source, addresses in sorted(table.alive.items())},
+        "alive": {source: sorted(found) for source, found in table.alive.items()},
     }
 
 

@@ -46,4 +46,8 @@ class Adopted(Connection):
             self.choice = Choice(transparent=known["transparent"])
         self.hello = Hello(server_name=known.get("server_name"))
         self.route = Route(known.get("route", UNKNOWN), ())
-        self.backend = Backend(known.get("backend", UNKNOWN), "", readable(backend)[0], backend[1])
+        self.backend = Backend(
+            known.get("backend", UNKNOWN),
+            known.get("source", ""),
+            *readable(backend),
+        )

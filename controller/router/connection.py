@@ -539,10 +539,11 @@ class Connection:
             "transparent": self.choice.transparent,
             "server_name": hello.server_name,
         }
-        for less in ("server_name", "backend"):
-            if len(text := orjson.dumps(note)) <= MAX_NOTE:
-                break
-            note[less] = ""
+        text = orjson.dumps(note)
+        for less in ("server_name", "backend", "source"):
+            if len(text) > MAX_NOTE:
+                note[less] = ""
+                text = orjson.dumps(note)
         return text
 
     def record(self, reason: str) -> dict[str, Any]:

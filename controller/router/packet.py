@@ -3,7 +3,7 @@ The `packet` hand-off: the kernel makes one connection of two, and the router le
 
 The router's sockets are answerable for the hello until the backend has acknowledged it; then they
 go without a word, and client and backend speak TCP to each other.  A flow needs no router: it
-outlives_sockets one that is killed, and is taken over by the next.
+outlives one that is killed, and is taken over by the next.
 
 Rules of this file:
 

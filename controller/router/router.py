@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
@@ -290,12 +290,13 @@ class Router:
         """
         Route new connections by *table*; those under way keep their route.
 
-        But where no socket tells of a container's end, the table does.
+        But where no socket tells of the end of a container, the table does.
         """
-        gone, self.table = self.table.gone(table), table
+        others = table.alive != self.table.alive
+        self.table = table
         self.table_since = self.loop.now
-        if gone:
-            self._cut_off(gone)
+        if others:
+            self._cut_off()
         self.transparency.keep(table)
         hosts = {route.host for route in table.routes}
         self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
@@ -315,13 +316,14 @@ class Router:
 
         if adopted := self.packet.adopt(is_left, enter):
             log.info("flows adopted", flows=adopted)
+            self._cut_off()
 
-    def _cut_off(self, gone: Container[tuple[str, str]]) -> None:
+    def _cut_off(self) -> None:
         for connection in tuple(self.connections):
             flow, backend = connection.flow, connection.backend
             if flow is None or backend is None or not flow.outlives_sockets:
                 continue
-            if (backend.source, connection.address) in gone:
+            if self.table.lacks(backend.source, connection.address):
                 connection.cut("backend_gone")
 
     # --- the end ---

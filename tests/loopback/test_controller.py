@@ -203,7 +203,7 @@ class Router:
         self.generation = 0
         self.routes: tuple[Route, ...] = ()
         self.networks: tuple[str, ...] = ()
-        self.alive: dict[str, tuple[str, ...]] = {}
+        self.alive: dict[str, frozenset[str]] = {}
         self.tables: list[tuple[Route, ...]] = []
         self.report: dict[str, Any] = {"engines": [], "problems": []}
         self.refuse = False
@@ -708,14 +708,17 @@ def test_controller_beside_a_dead_engine_drops_nothing(tmp_path: Path) -> None:
         house.router.generation = 41
         house.router.routes = (Route("a.example.com", (known,)), Route("x.example", (gone,)))
         house.router.networks = ("127.0.0.0/8",)
-        house.router.alive = {house.engine.url: ("127.0.0.2",), gone.source: ("127.0.0.7",)}
+        house.router.alive = {
+            house.engine.url: frozenset({"127.0.0.2"}),
+            gone.source: frozenset({"127.0.0.7"}),
+        }
         await house.engine.stop()
         async with house.controller(routes=routes):
             await until(lambda: "s.example" in house.router.pools, "the file's route")
             assert {"a.example.com", "s.example"} == house.router.pools.keys()
             assert 42 == house.router.generation
             assert ("127.0.0.0/8",) == house.router.networks
-            assert {house.engine.url: ("127.0.0.2",)} == house.router.alive
+            assert {house.engine.url: {"127.0.0.2"}} == house.router.alive
 
             fresh = Router(house.router.path)
             await house.router.stop()
@@ -728,7 +731,7 @@ def test_controller_beside_a_dead_engine_drops_nothing(tmp_path: Path) -> None:
             expected = {"b.example.com", "s.example"}
             await until(lambda: fresh.pools.keys() == expected, "what the engine says")
             assert () == fresh.networks
-            assert {house.engine.url: ("127.0.0.3",)} == fresh.alive
+            assert {house.engine.url: {"127.0.0.3"}} == fresh.alive
 
     play(tmp_path, scene)
 
@@ -881,7 +884,7 @@ def test_only_what_runs_is_routed(tmp_path: Path) -> None:
             await until(lambda: house.router.pools, "a table")
 
             assert {"joined.example.com": ["127.0.0.4"]} == house.router.pools
-            assert {house.engine.url: ("127.0.0.2", "127.0.0.4")} == house.router.alive
+            assert {house.engine.url: {"127.0.0.2", "127.0.0.4"}} == house.router.alive
             await until(lambda: house.router.codes() == ["no-network"], "the orphan's problem")
 
     play(tmp_path, scene)
@@ -896,11 +899,11 @@ def test_end_of_a_container_is_told_also_where_no_route_changes(tmp_path: Path) 
         house.engine.run("a", "127.0.0.2")
         house.engine.run("b", "127.0.0.3", labels={"sniroute.enable": "false"})
         async with house.controller(relist_interval=0.05):
-            both = {house.engine.url: ("127.0.0.2", "127.0.0.3")}
+            both = {house.engine.url: {"127.0.0.2", "127.0.0.3"}}
             await until(lambda: house.router.alive == both, "both addresses")
             tables = len(house.router.tables)
             del house.engine.containers["b"]
-            one = {house.engine.url: ("127.0.0.2",)}
+            one = {house.engine.url: {"127.0.0.2"}}
             await until(lambda: house.router.alive == one, "one address")
 
             assert tables + 1 == len(house.router.tables)

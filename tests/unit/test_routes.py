@@ -75,29 +75,26 @@ def test_clients_are_led_to_their_own_family(
     assert (from4, from6) == (backend.reached_from(4), backend.reached_from(6))
 
 
-def alive(**sources: list[str]) -> RouteTable:
-    return RouteTable(1, [], (), sources)
-
-
 @pytest.mark.parametrize(
-    ("old", "new", "gone"),
+    ("source", "address", "lacks"),
     [
-        (alive(docker=["a", "b"]), alive(docker=["b"]), {("docker", "a")}),
-        (alive(docker=["a"]), alive(docker=["a", "b"]), set()),
-        (alive(docker=["a"]), alive(docker=[]), {("docker", "a")}),
-        (alive(docker=["a"]), alive(), set()),
-        (alive(docker=["a"]), alive(docker=[], podman=["a"]), {("docker", "a")}),
-        (alive(docker=["a"], podman=["a"]), alive(docker=["a"], podman=[]), {("podman", "a")}),
-        (alive(), alive(docker=["a"]), set()),
+        ("docker", "198.51.100.2", False),
+        ("docker", "198.51.100.3", True),
+        ("podman", "198.51.100.2", True),
+        ("file", "198.51.100.3", False),
     ],
 )
-def test_a_container_is_gone_when_its_own_source_says_so(
-    old: RouteTable, new: RouteTable, gone: set[tuple[str, str]]
+def test_a_table_lacks_only_containers_of_which_it_is_told(
+    source: str,
+    address: str,
+    lacks: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     """
     Silence of a source is no news, and the same address at another source is someone else.
     """
-    assert gone == old.gone(new)
+    alive = {"docker": ["198.51.100.2"], "podman": ()}
+
+    assert lacks == RouteTable(1, [], (), alive).lacks(source, address)
 
 
 _label = st.sampled_from("abc")

@@ -38,7 +38,7 @@ ROUTES = (
 
 
 NETWORKS = ("198.51.100.0/24", "2001:db8::/64")
-ALIVE = {"docker": ("198.51.100.2", "2001:db8::2"), "podman": ()}
+ALIVE = {"docker": frozenset({"198.51.100.2", "2001:db8::2"}), "podman": frozenset[str]()}
 
 
 def table(**changes: Any) -> dict[str, Any]:
