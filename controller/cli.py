@@ -3,11 +3,12 @@ The command `sniroute`: settings become flags, and each command is a few lines.
 """
 
 import inspect
+import ipaddress
 import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -31,6 +32,9 @@ from controller.settings import (
 
 ANSWER_TIMEOUT = 10.0
 """Seconds that the router may take to answer; it answers from its own loop, in milliseconds."""
+
+KILLS = 1000
+"""Connections that one message ends: far fewer than take the router ANSWER_TIMEOUT."""
 
 Kind = TypeVar("Kind", bound=CommonSettings)
 
@@ -139,6 +143,8 @@ def _become(module: str, settings: CommonSettings) -> int:
 
 Json = Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")]
 ControlPath = Annotated[Path | None, typer.Option(help="The router's control socket.")]
+OfRoute = Annotated[str | None, typer.Option(help="Those of this route: its host pattern.")]
+OfClient = Annotated[str | None, typer.Option(help="Those of this client: address or subnet.")]
 
 
 @app.command()
@@ -177,7 +183,7 @@ def status(control: ControlPath = None, *, as_json: Json = False) -> None:
     """
     Show how the router is: table, hand-off, connections, engines, problems.
     """
-    answer = _ask("status", control)
+    answer = _ask({"type": "status"}, control)
     if as_json:
         print(json.dumps(answer, indent=2))
         return
@@ -218,7 +224,7 @@ def routes(control: ControlPath = None, *, as_json: Json = False) -> None:
     """
     Show the routing table that the router serves.
     """
-    answer = _ask("routes", control)["routes"]
+    answer = _ask({"type": "routes"}, control)["routes"]
     if as_json:
         print(json.dumps(answer, indent=2))
         return
@@ -235,14 +241,122 @@ def routes(control: ControlPath = None, *, as_json: Json = False) -> None:
     _table([("HOST", "BACKEND", "ADDRESS", "SOURCE"), *rows])
 
 
-def _ask(question: str, control: Path | None) -> dict[str, Any]:
+@app.command()
+def connections(
+    control: ControlPath = None,
+    route: OfRoute = None,
+    client: OfClient = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """
+    List the connections under way, by every hand-off and before it.
+    """
+    found = list(_under_way(control, route, client))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    head = "ID", "ROUTE", "CLIENT", "BACKEND", "ADDRESS", "HAND-OFF", "IN", "OUT", "AGE", "QUIET"
+    rows = [
+        (
+            str(one["id"]),
+            one["route"] or "-",
+            f"{one['client']} {one['client_port']}",
+            one["backend"] or "-",
+            f"{one['backend_address']} {one['backend_port']}" if one["backend"] else "-",
+            one["handoff"] or "-",
+            str(one["bytes_in"]),
+            str(one["bytes_out"]),
+            f"{one['age']:.0f} s",
+            "-" if one["quiet"] is None else f"{one['quiet']:.0f} s",
+        )
+        for one in found
+    ]
+    _table([head, *rows])
+
+
+@app.command()
+def kill(
+    ids: Annotated[list[int] | None, typer.Argument(help="As `connections` shows them.")] = None,
+    control: ControlPath = None,
+    route: OfRoute = None,
+    client: OfClient = None,
+) -> None:
+    """
+    End connections with a reset to both sides: by their ids, or all of a route or of a client.
+
+    The exit status is 1 where an id is not that of a connection under way.
+    """
+    if bool(ids) == (route is not None or client is not None):
+        print("sniroute: kill: give either ids, or --route or --client", file=sys.stderr)
+        raise typer.Exit(2)
+    wanted = ids or [one["id"] for one in _under_way(control, route, client)]
+    killed: set[int] = set()
+    for i in range(0, len(wanted), KILLS):
+        answer = _ask({"type": "kill", "ids": wanted[i : i + KILLS]}, control)
+        killed.update(answer["killed"])
+    print(f"{len(killed)} ended")
+    if missing := sorted(set(ids or ()) - killed):
+        print(f"sniroute: not under way: {', '.join(map(str, missing))}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def packet(
+    state: Annotated[wire.PacketState, typer.Argument()] = wire.PacketState.STATUS,
+    control: ControlPath = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """
+    Switch the packet hand-off off for new connections, or on again, or show how it is.
+    """
+    answer = _ask({"type": "packet", "state": state.value}, control)
+    if "error" in answer:
+        print(f"sniroute: {answer['error']}", file=sys.stderr)
+        raise typer.Exit(1)
+    about = answer["packet"]
+    if as_json:
+        print(json.dumps(about, indent=2))
+        return
+    _table(
+        [
+            (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+            for name, value in about.items()
+        ]
+    )
+
+
+def _under_way(
+    control: Path | None, route: str | None, client: str | None
+) -> Iterator[dict[str, Any]]:
+    """
+    Ask for the connections under way, page by page, and give those of *route* and *client*.
+    """
+    try:
+        clients = ipaddress.ip_network(client) if client is not None else None
+    except ValueError as err:
+        print(f"sniroute: --client: {err}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    last, more = 0, True
+    while more:
+        answer = _ask({"type": "connections", "after": last}, control)
+        for one in answer["connections"]:
+            last = one["id"]
+            address = ipaddress.ip_address(one["client"])
+            if route in (None, one["route"]) and (clients is None or address in clients):
+                yield one
+        more = answer["more"]
+
+
+def _ask(question: wire.Message, control: Path | None) -> wire.Message:
     path = control or CommonSettings().control
     decoder = wire.Decoder()
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(ANSWER_TIMEOUT)
             connection.connect(str(path))
-            connection.sendall(wire.encode({"type": question}))
+            connection.sendall(wire.encode(question))
             while data := connection.recv(1024 * 1024):
                 for message in decoder.feed(data):
                     return message

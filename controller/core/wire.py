@@ -8,6 +8,12 @@ The control socket's messages: one JSON object a line, both ways.
     router -> controller   nack    {generation, error}                the old table stays
     controller -> router   report  {engines, problems}                what the controller sees
     anyone -> router       status | routes | drain                    answered by one line each
+    anyone -> router       connections  {after}                       of higher ids than this, by id
+    router -> anyone       connections  {connections, more}           at most PAGE of them
+    anyone -> router       kill         {ids}
+    router -> anyone       kill         {killed}                      those that there were
+    anyone -> router       packet       {state}                       off, on or status
+    router -> anyone       packet       {packet} or {error}           how it is then
     new router -> old      replace                                    I shall take your place
     old router -> new      listening  {sockets, owner}                or nack {error}
     new router -> old      switched   {plumbing}                      all new clients are mine
@@ -29,6 +35,7 @@ import ipaddress
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields
+from enum import StrEnum
 from typing import Any
 
 from controller.core.hostname import read_pattern
@@ -46,6 +53,9 @@ VERSION = 1
 
 MAX_LINE = 64 * 1024 * 1024
 """Longest message in bytes: a table of three hundred thousand backends, at 200 bytes each."""
+
+PAGE = 1000
+"""Connections told in one answer: some 300 KB, in a few milliseconds."""
 
 MAX_GENERATION = 2**53
 """Largest number that every reader of JSON, of metrics and of logs takes as it is."""
@@ -68,6 +78,16 @@ _ENGINE = {
     "failed_lists": int,
 }
 _PROBLEM = dict.fromkeys(("code", "severity", "container", "label", "value", "detail"), str)
+
+
+class PacketState(StrEnum):
+    """
+    What may be asked of the packet hand-off.
+    """
+
+    OFF = "off"
+    ON = "on"
+    STATUS = "status"
 
 
 class WireError(ValueError):
@@ -242,6 +262,39 @@ def read_switched(message: Message) -> bool:
     return bool(_typed(message, "switched", {"type": str, "plumbing": bool})["plumbing"])
 
 
+def read_connections(message: Message) -> int:
+    """
+    Read a `connections` question: the id after which to begin.
+
+    Raises:
+        WireError: names the member that is wrong.
+    """
+    _members(message, "connections", {"type", "after"})
+    return _id(message["after"], "connections.after")
+
+
+def read_kill(message: Message) -> list[int]:
+    """
+    Read a `kill` message: the ids of the connections to end.
+
+    Raises:
+        WireError: names the member that is wrong.
+    """
+    _members(message, "kill", {"type", "ids"})
+    return [_id(item, f"ids[{i}]") for i, item in enumerate(_list(message["ids"], "ids"))]
+
+
+def read_packet(message: Message) -> PacketState:
+    """
+    Read a `packet` message: the state that is asked for.
+
+    Raises:
+        WireError: names the member that is wrong.
+    """
+    _members(message, "packet", {"type", "state"})
+    return PacketState(_word(message["state"], "packet.state", frozenset(PacketState)))
+
+
 def read_report(message: Message) -> Message:
     """
     Read a `report` message: as far as anyone relies on it.
@@ -323,6 +376,12 @@ def _version(address: str, where: str) -> int:
         return ipaddress.ip_address(address).version
     except ValueError as err:
         raise WireError(f"{where}: {err}") from None
+
+
+def _id(value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise WireError(f"{where}: not an id: {value!r}")
+    return value
 
 
 def _generation(value: object, where: str, least: int) -> int:

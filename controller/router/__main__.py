@@ -242,6 +242,7 @@ def _choose(
     if settings.handoff == HandoffChoice.SOCKMAP and len(ladder) == 1:
         raise NotPossible(f"hand-off sockmap does not work here: {refusal}")
     prove(loop, relay)
+    router.packet_reason = no_packet
     router.ladder = ladder
     router.ladder_reason = refusal if len(ladder) == 1 else "self-test passed"
 

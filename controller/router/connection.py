@@ -145,6 +145,7 @@ class Connection:
         "fd",
         "flow",
         "hello",
+        "id",
         "refusals",
         "result",
         "route",
@@ -152,6 +153,7 @@ class Connection:
 
     def __init__(self, router: "Router", fd: int, arrival: Any, began: float) -> None:
         self._router = router
+        self.id = next(router.ids)
         self.fd = fd
         self._peer = self.client = read_endpoint(arrival.peer)
         self._header = NO_HEADER

@@ -18,8 +18,9 @@ import socket
 import struct
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +31,8 @@ import structlog
 from controller import privilege
 from controller.core import wire
 from controller.core.routes import RouteTable
+from controller.core.session import Side
+from controller.router.connection import Connection
 from controller.router.listen import name
 from controller.router.router import ACCEPT_PAUSE, Router
 from controller.settings import RUN
@@ -45,6 +48,9 @@ LAST_ANSWERS: Final = 1.0
 HANDSHAKE: Final = 3.0
 """Seconds at least that a replaced router goes on accepting: a client is accepted when its hello
 comes or a second has passed, and a lost SYN-ACK is sent again after one second, and two more."""
+
+HANDFUL: Final = 100
+"""Connections told or killed at once, so that those under way have their turn."""
 
 NO_REPORT: Final[wire.Message] = {"engines": [], "problems": []}
 
@@ -84,6 +90,9 @@ class Control:
             "status": self._status,
             "routes": self._routes,
             "drain": self._drain,
+            "connections": self._connections,
+            "kill": self._kill,
+            "packet": self._packet,
             "replace": self._replace,
             "switched": self._switched,
         }
@@ -222,6 +231,41 @@ class Control:
         self.loop.ask(self._router.drain)
         return {"type": "drain"}
 
+    def _connections(self, _: "Peer", message: wire.Message) -> wire.Message:
+        after = wire.read_connections(message)
+        ids = self.loop.ask(lambda: list(self._router.connections))
+        first = bisect_right(ids, after)
+        page = ids[first : first + wire.PAGE]
+        rows = [row for ids in _handfuls(page) for row in self.loop.ask(partial(self._tell, ids))]
+        return {"type": "connections", "connections": rows, "more": first + wire.PAGE < len(ids)}
+
+    def _tell(self, ids: Iterable[int]) -> list[wire.Message]:
+        under_way = self._router.connections
+        return [_tell_connection(under_way[i]) for i in ids if i in under_way]
+
+    def _kill(self, _: "Peer", message: wire.Message) -> wire.Message:
+        handfuls = _handfuls(wire.read_kill(message))
+        killed = [i for ids in handfuls for i in self.loop.ask(partial(self._router.kill, ids))]
+        log.info("killed", connections=len(killed))
+        return {"type": "kill", "killed": killed}
+
+    def _packet(self, _: "Peer", message: wire.Message) -> wire.Message:
+        state = wire.read_packet(message)
+        try:
+            return {"type": "packet", "packet": self.loop.ask(partial(self._switch_packet, state))}
+        except ValueError as err:
+            return {"type": "packet", "error": str(err)}
+
+    def _switch_packet(self, state: wire.PacketState) -> dict[str, Any]:
+        packet = self._router.packet
+        if packet is None:
+            reason = self._router.packet_reason
+            raise ValueError(f"the packet hand-off is not in use here: {reason}")
+        if state != wire.PacketState.STATUS:
+            (packet.on if state == wire.PacketState.ON else packet.off)()
+            log.info("packet hand-off", state=state)
+        return packet.status()
+
     def _refuse(self, error: str) -> None:
         self._router.stats.table_updates["nack"] += 1
         log.warning("table refused", error=error)
@@ -347,6 +391,32 @@ class Peer:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
         self._thread.join(max(0.0, until - time.monotonic()))
+
+
+def _handfuls(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (ids[i : i + HANDFUL] for i in range(0, len(ids), HANDFUL))
+
+
+def _tell_connection(connection: Connection) -> wire.Message:
+    """
+    Tell of a connection under way, as far as it has come.
+    """
+    route, backend, flow = connection.route, connection.backend, connection.flow
+    address, port = connection.peer
+    return {
+        "id": connection.id,
+        "route": route.host if route is not None else None,
+        "client": address,
+        "client_port": port,
+        "backend": backend.name if backend is not None else None,
+        "backend_address": connection.address if backend is not None else None,
+        "backend_port": backend.port if backend is not None else None,
+        "handoff": flow.handoff if flow is not None else None,
+        "bytes_in": flow.bytes(Side.CLIENT) if flow is not None else 0,
+        "bytes_out": flow.bytes(Side.BACKEND) if flow is not None else 0,
+        "age": round(time.monotonic() - connection.began, 3),
+        "quiet": flow.quiet() if flow is not None else None,
+    }
 
 
 def listen(path: Path, *, replacing: bool = False) -> socket.socket:

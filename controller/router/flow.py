@@ -169,6 +169,12 @@ class Flow:
         """
         return self.bytes(side)
 
+    def quiet(self) -> float | None:
+        """
+        Seconds since anything came from either side; None where nobody knows.
+        """
+        return None
+
     def drain(self, side: Side) -> None:
         """
         See to it that `drained` is said for *side* once that is so.

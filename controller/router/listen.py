@@ -50,7 +50,7 @@ def accept(router: "Router", listener: int) -> int:
         fd = lib.accept_client(listener, limit, arrival)
         if fd >= 0:
             connection = Connection(router, fd, arrival, began)
-            router.connections.add(connection)
+            router.connections[connection.id] = connection
             try:
                 if router.trusts(connection.peer[0]):
                     connection.expect_header()

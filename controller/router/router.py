@@ -3,11 +3,12 @@ What the connections of one router share: the table, the ladder of hand-offs, th
 """
 
 import errno
+import itertools
 import select
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
@@ -86,10 +87,12 @@ class Router:
         self.ladder: Sequence[Handoff] = ()
         self.ladder_reason = ""
         self.packet: PacketHandoff | None = None
+        self.packet_reason = "not tried"
         self.devices: Devices | None = None
         self.transparency = Transparency(settings)
         self.stats = Stats()
-        self.connections: set[Connection] = set()
+        self.ids = itertools.count(1)
+        self.connections: dict[int, Connection] = {}  # in the order of their ids
         self.arrival: Any = ffi.new("struct arrival *")
         self.reading: Any = ffi.new("struct reading *")
         self.connected: Any = ffi.new("bool *")
@@ -270,7 +273,7 @@ class Router:
         """
         Take note of the end of *connection*, while its counts still stand.
         """
-        self.connections.discard(connection)
+        self.connections.pop(connection.id, None)
         self.stats.ended(connection)
         if self.settings.access_log:
             write_line(connection.record(reason))
@@ -300,7 +303,7 @@ class Router:
         self.transparency.keep(table)
         hosts = {route.host for route in table.routes}
         self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
-        self.stats.keep_routes(hosts | {c.route.host for c in self.connections if c.route})
+        self.stats.keep_routes(hosts | {c.route.host for c in self.connections.values() if c.route})
 
     def adopt(self, is_left: Callable[[int], bool]) -> None:
         """
@@ -311,15 +314,24 @@ class Router:
 
         def enter(flow: PacketFlow, note: bytes) -> Callable[[Flow], None]:
             connection = Adopted(self, flow, note)
-            self.connections.add(connection)
+            self.connections[connection.id] = connection
             return connection.on_over
 
         if adopted := self.packet.adopt(is_left, enter):
             log.info("flows adopted", flows=adopted)
             self._cut_off()
 
+    def kill(self, ids: Iterable[int]) -> list[int]:
+        """
+        Reset the connections of *ids* on both sides; tell which of them there were.
+        """
+        found = {i: self.connections[i] for i in ids if i in self.connections}
+        for connection in found.values():
+            connection.cut("killed")
+        return list(found)
+
     def _cut_off(self) -> None:
-        for connection in tuple(self.connections):
+        for connection in tuple(self.connections.values()):
             flow, backend = connection.flow, connection.backend
             if flow is None or backend is None or not flow.outlives_sockets:
                 continue
@@ -378,7 +390,7 @@ class Router:
 
     def _cut(self) -> None:
         self._close()
-        for connection in tuple(self.connections):
+        for connection in tuple(self.connections.values()):
             # the others need no router
             if connection.flow is None or connection.flow.holds_sockets:
                 connection.cut("drain_timeout")
@@ -389,7 +401,7 @@ class Router:
         Count connections and bytes, those that have ended and those under way.
         """
         moved, active = Counter(self.stats.bytes), Counter[tuple[str, str]]()
-        for connection in self.connections:
+        for connection in self.connections.values():
             flow, route = connection.flow, connection.route
             if flow is not None and route is not None:
                 active[route.host, flow.handoff] += 1

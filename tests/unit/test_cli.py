@@ -184,14 +184,14 @@ def test_what_is_no_command_line_exits_with_2(words: tuple[str, ...]) -> None:
     assert words[-2 if "all" in words else -1] in result.stderr
 
 
-@pytest.mark.parametrize("command", ["status", "routes"])
+@pytest.mark.parametrize("command", ["status", "routes", "connections", "kill 7", "packet"])
 def test_no_router_is_told_with_its_path(command: str, tmp_path: Path) -> None:
     """
     Without a router the command exits with 1 and names the socket it tried.
     """
     path = tmp_path / "router.sock"
 
-    result = sniroute(command, "--control", str(path))
+    result = sniroute(*command.split(), "--control", str(path))
 
     assert (1, "") == (result.exit_code, result.stdout)
     assert f"no answer from the router at {path}: No such file or directory\n" in result.stderr
@@ -292,6 +292,170 @@ def test_routes_are_a_line_for_each_backend(monkeypatch: pytest.MonkeyPatch) -> 
         "*.example.com  web-2    2001:db8::2 443   docker",
     ] == sniroute("routes").output.splitlines()
     assert routes == json.loads(sniroute("routes", "--json").output)
+
+
+class FakeRouter:
+    """
+    A router's answers about connections, two to a page, and what it was asked.
+    """
+
+    def __init__(self, *connections: dict[str, Any]) -> None:
+        self.connections = connections
+        self.asked: list[dict[str, Any]] = []
+
+    def ask(self, question: dict[str, Any], _: Path | None) -> dict[str, Any]:
+        """
+        Answer *question*.
+        """
+        self.asked.append(question)
+        if question["type"] == "kill":
+            under_way = {one["id"] for one in self.connections}
+            return {"killed": [i for i in question["ids"] if i in under_way]}
+        rest = [one for one in self.connections if one["id"] > question["after"]]
+        return {"connections": rest[:2], "more": len(rest) > 2}
+
+    @property
+    def kills(self) -> list[list[int]]:
+        """
+        Give the ids of each kill.
+        """
+        return [question["ids"] for question in self.asked if question["type"] == "kill"]
+
+
+def under_way(number: int, client: str, route: str | None) -> dict[str, Any]:
+    backend = {"backend": "web", "backend_address": "192.0.2.9", "backend_port": 443}
+    handed = {"handoff": "packet", "bytes_in": 517, "bytes_out": 9000, "quiet": 2.6}
+    none = {**dict.fromkeys((*backend, *handed)), "bytes_in": 0, "bytes_out": 0}
+    own = {"id": number, "route": route, "client": client, "client_port": 50000 + number}
+    return {**own, **(backend | handed if route else none), "age": 61.7}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRouter:
+    """
+    Five connections, of two routes and none.
+    """
+    fake = FakeRouter(
+        under_way(3, "192.0.2.1", "*.a.org"),
+        under_way(7, "2001:db8::1", "*"),
+        under_way(8, "192.0.2.1", None),
+        under_way(9, "192.0.2.77", "*.a.org"),
+        under_way(20, "192.0.2.1", "*"),
+    )
+    monkeypatch.setattr(cli, "_ask", fake.ask)
+    return fake
+
+
+def test_connections_are_a_line_each(fake: FakeRouter) -> None:
+    """
+    `connections` shows all pages in one table, and a dash for what is not known.
+    """
+    assert [
+        "ID  ROUTE    CLIENT             BACKEND  ADDRESS        HAND-OFF  IN   OUT   AGE   QUIET",
+        "3   *.a.org  192.0.2.1 50003    web      192.0.2.9 443  packet    517  9000  62 s  3 s",
+        "7   *        2001:db8::1 50007  web      192.0.2.9 443  packet    517  9000  62 s  3 s",
+        "8   -        192.0.2.1 50008    -        -              -         0    0     62 s  -",
+    ] == sniroute("connections").output.splitlines()[:4]
+    assert list(fake.connections) == json.loads(sniroute("connections", "--json").output)
+
+
+@pytest.mark.parametrize(
+    ("words", "ids"),
+    [
+        (("--route", "*"), [7, 20]),
+        (("--client", "192.0.2.1"), [3, 8, 20]),
+        (("--client", "192.0.2.64/26"), [9]),
+        (("--client", "2001:db8::/32"), [7]),
+        (("--client", "192.0.2.1", "--route", "*.a.org"), [3]),
+        (("--route", "a.org"), []),
+    ],
+)
+def test_connections_are_listed_and_killed_by_route_and_client(
+    words: tuple[str, ...], ids: list[int], fake: FakeRouter
+) -> None:
+    """
+    The same flags choose the same connections for both commands, on whatever page they are.
+    """
+    listed = [one["id"] for one in json.loads(sniroute("connections", *words, "--json").output)]
+    result = sniroute("kill", *words)
+
+    assert ids == listed
+    assert (0, f"{len(ids)} ended\n") == (result.exit_code, result.output)
+    assert ([ids] if ids else []) == fake.kills
+
+
+def test_connections_are_killed_by_their_ids(fake: FakeRouter) -> None:
+    """
+    One that is not under way is named, and the others are ended nevertheless.
+    """
+    good, bad = sniroute("kill", "3", "9"), sniroute("kill", "8", "4", "21")
+
+    assert (0, "2 ended\n") == (good.exit_code, good.output)
+    assert (1, "1 ended\n") == (bad.exit_code, bad.stdout)
+    assert "sniroute: not under way: 4, 21\n" == bad.stderr
+    assert [[3, 9], [8, 4, 21]] == fake.kills
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("kill",), "kill: give either ids, or --route or --client"),
+        (("kill", "3", "--route", "*"), "kill: give either ids, or --route or --client"),
+        (("kill", "--client", "web"), "--client: 'web' does not appear to be"),
+        (("kill", "--client", "192.0.2.1/24"), "--client: 192.0.2.1/24 has host bits set"),
+        (("connections", "--client", ""), "--client: "),
+        (("kill", "--route", "*", "--client", ""), "--client: "),
+        (("kill", "all"), "'ids'"),
+        (("packet", "maybe"), "'maybe' is not one of"),
+    ],
+)
+def test_what_is_to_be_killed_is_never_guessed(
+    words: tuple[str, ...], says: str, fake: FakeRouter
+) -> None:
+    """
+    Without a choice, or with one that can not be read, nothing is asked of the router.
+    """
+    result = sniroute(*words)
+
+    assert 2 == result.exit_code
+    assert says in result.stderr
+    assert [] == fake.asked
+
+
+def test_the_packet_hand_off_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    `packet` asks how it is, switches if it is told to, and shows what the router says.
+    """
+    asked = []
+    about = {"state": "off", "flows": 3, "devices": ["eth0", "br0"], "pins": "/sys/fs/bpf/x"}
+
+    def ask(question: dict[str, Any], _: Path | None) -> dict[str, Any]:
+        asked.append(question["state"])
+        return {"type": "packet", "packet": about}
+
+    monkeypatch.setattr(cli, "_ask", ask)
+
+    assert [
+        "state    off",
+        "flows    3",
+        "devices  eth0, br0",
+        "pins     /sys/fs/bpf/x",
+    ] == sniroute("packet").output.splitlines()
+    assert about == json.loads(sniroute("packet", "off", "--json").output)
+    sniroute("packet", "on")
+    assert ["status", "off", "on"] == asked
+
+
+def test_why_there_is_no_packet_hand_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    A router without it has the command exit with 1, and say why.
+    """
+    error = "the packet hand-off is not in use here: not asked for"
+    monkeypatch.setattr(cli, "_ask", lambda *_: {"type": "packet", "error": error})
+
+    result = sniroute("packet", "off")
+
+    assert (1, "", f"sniroute: {error}\n") == (result.exit_code, result.stdout, result.stderr)
 
 
 def test_version_is_told() -> None:

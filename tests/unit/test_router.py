@@ -113,8 +113,9 @@ def test_a_flow_without_sockets_hears_of_the_end_of_its_container(router: Router
         under_way = connection(router, backend)
         under_way.route = Route(name, (backend,))
         flows[name] = under_way.flow = flow
-        router.connections.add(under_way)
-    router.connections.add(connection(router, one))
+        router.connections[under_way.id] = under_way
+    pending = connection(router, one)
+    router.connections[pending.id] = pending
 
     router.replace_table(table(1, docker=["198.51.100.2", "198.51.100.3"], podman=["198.51.100.2"]))
     router.replace_table(table(2, docker=["198.51.100.3"], podman=["198.51.100.2"]))
@@ -130,7 +131,7 @@ def test_a_container_that_is_only_not_routed_to_keeps_its_connections(router: Ro
     under_way = connection(router, backend)
     under_way.route = Route("one", (backend,))
     flow = under_way.flow = BodilessFlow()
-    router.connections.add(under_way)
+    router.connections[under_way.id] = under_way
     alive = {"docker": ["198.51.100.2"]}
 
     router.replace_table(RouteTable(1, [under_way.route], (), alive))
@@ -164,7 +165,7 @@ def test_an_adopted_flow_whose_container_went_meanwhile_is_cut(router: Router) -
     flows = {}
     for source in ("docker", "podman", "file"):
         left = adopted(router, Backend("one", source, "198.51.100.2", 443))
-        router.connections.add(left)
+        router.connections[left.id] = left
         flows[source] = left.flow
 
     router.replace_table(table(1, docker=[], podman=["198.51.100.2"]))

@@ -140,7 +140,7 @@ def test_a_scrape_reads_between_two_handlers(tmp_path: Path) -> None:
     router = Router(RouterSettings(), Loop(), 8)
     router.ladder = [RelayHandoff(router.loop)]
     flow = WatchedFlow()
-    router.connections.add(ended_connection("forwarded", ROUTE, flow))
+    router.connections[1] = ended_connection("forwarded", ROUTE, flow)
     router.stats.ended(ended_connection("forwarded", ROUTE, StillFlow()))
     path = tmp_path / "router.sock"
     control = Control(router, listen(path), path, "0")
