@@ -1005,7 +1005,9 @@ int ingress(struct __sk_buff *skb)
 		if ((void *)(tcp + 1) > data_end)
 			return DROP;
 		ack = bpf_ntohl(tcp->ack);
-		if (!behind(flow->hello_end, ack) && leave(flow, FLOW_HELLO, FLOW_OPEN))
+		/* Mostly that is so before the router has come to wait for it. */
+		if (!behind(flow->hello_end, ack) && leave(flow, FLOW_HELLO, FLOW_OPEN) &&
+		    *(volatile __u8 *)&flow->awaited)
 			tell_of(flow, number, EVENT_ACKED, end);
 		/* what the router sent is acknowledged to the router */
 		if (!behind(ack, flow->hello_end) && !packet.payload &&

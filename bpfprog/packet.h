@@ -77,7 +77,8 @@ struct flow {
 	__u8 transparent; /* the backend's packets are addressed to the client */
 	__u8 first; /* the end that sent its FIN first */
 	__u8 told; /* user space has told of its end */
-	__u8 pad[2];
+	__u8 awaited; /* user space wants to hear of EVENT_ACKED */
+	__u8 pad[1];
 	__u32 changed; /* seconds of the monotonic clock: ended, or reset */
 	struct way ways[2];
 };

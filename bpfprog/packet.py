@@ -290,6 +290,8 @@ class Packet:
         for name in _PINNED:
             with contextlib.suppress(FileNotFoundError):
                 (self.directory / name).unlink()
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
 
     # --- events ---
 
@@ -326,7 +328,7 @@ class Packet:
         """
         Make a flow of two connected sockets, and send the backend what waits in the client's.
 
-        From then on the flow's packets are translated; the sockets must stay until EVENT_ACKED.
+        From then on the flow's packets are translated; the sockets must stay until `acknowledged`.
         *foreign* says that the backend's socket may have an address that is neither this host's
         nor the client's; *anywhere* is for a trial: the ends may be reached in any way.
 
@@ -378,6 +380,12 @@ class Packet:
         Where a flow's `struct flow` lies, for native code.
         """
         return self._flows + number
+
+    def acknowledged(self, number: int) -> bool:
+        """
+        Whether the backend has the hello; where not, there will be a Kind.ACKED or an end.
+        """
+        return bool(lib.packet_acknowledged(self._packet, number))
 
     def end(self, number: int) -> bool:
         """

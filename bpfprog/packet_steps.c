@@ -229,6 +229,20 @@ static int packet_send_head(int client, int backend, uint32_t head)
 	return sent == (ssize_t)head ? 0 : -ENOBUFS;
 }
 
+/* Whether a flow's hello is acknowledged; if not, EVENT_ACKED will tell. */
+static bool packet_acknowledged(struct packet *packet, uint32_t number)
+{
+	struct flow *flow = &packet->flows[number];
+
+	if (__atomic_load_n(&flow->state, __ATOMIC_ACQUIRE) != FLOW_HELLO)
+		return true;
+	/* the program leaves the state, then looks whether that is awaited: one of us sees the
+	 * other */
+	__atomic_store_n(&flow->awaited, 1, __ATOMIC_SEQ_CST);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	return __atomic_load_n(&flow->state, __ATOMIC_ACQUIRE) != FLOW_HELLO;
+}
+
 /* Have a socket go without a word when it is closed (tcp_close). */
 static int packet_silence(int fd)
 {

@@ -25,6 +25,7 @@ int packet_queued(int fd);
 int packet_install(struct packet *packet, int client, int backend, uint32_t head, bool anywhere,
 		   bool foreign, uint64_t serial, uint32_t *number);
 int packet_send_head(int client, int backend, uint32_t head);
+bool packet_acknowledged(struct packet *packet, uint32_t number);
 int packet_run(int prog_fd, void *data, uint32_t size, void *out, uint32_t *out_size);
 int packet_emit(struct packet *packet, void *data, uint32_t size, uint32_t ifindex);
 bool packet_end(struct packet *packet, uint32_t number);

@@ -303,6 +303,8 @@ class Control:
             other.leave(0)
         if plumbing:
             self._router.transparency.leave()
+        if self._router.packet is not None:
+            self._router.packet.leave()
         linger = max(self._router.settings.hello_timeout, HANDSHAKE)
         self.loop.ask(partial(self._router.drain, linger))
         self._router.closed.wait()

@@ -76,6 +76,7 @@ class PacketHandoff:
         self.is_on = True
         self.without_sockets = 0
         self.detached = False
+        self._is_left = False
         self.on_freed: Callable[[], None] = lambda: None
         self.on_drained: Callable[[], None] = lambda: None
         self._serial = time.time_ns()
@@ -139,10 +140,10 @@ class PacketHandoff:
         self.loop.handlers.pop(backend, None)
         if head < 0:
             self.loop.soon(partial(flow.cut, "hello_unsent"))
+        elif self.packet.acknowledged(number):
+            flow.acknowledged()
         else:
             self._waiting.append((self.loop.now + self.patience, flow))
-            if self.packet.flow(number).state == State.OPEN:
-                self.loop.soon(flow.acknowledged)
         return flow
 
     def _enter(self, flow: "PacketFlow") -> None:
@@ -186,6 +187,7 @@ class PacketHandoff:
             flow.hear_of_end(enter(flow, self.packet.read_note(number)))
             self._enter(flow)
             self.without_sockets += 1
+            self.packet.acknowledged(number)
             self._waiting.append((self.loop.now + self.patience, flow))
             flow.look()
             adopted += not flow.session.over
@@ -209,6 +211,23 @@ class PacketHandoff:
         if self.detached:
             raise ValueError("detached: the next start of the router attaches it again")
         self.is_on = True
+
+    def leave(self) -> None:
+        """
+        Leave what is pinned to the router that takes this one's place.
+        """
+        self._is_left = True
+
+    def close(self) -> None:
+        """
+        Leave nothing behind; but if there are flows, all: they go on, for the next router.
+        """
+        if self._is_left or self.detached:
+            return
+        if self.flows:
+            log.info("flows left", flows=len(self.flows))
+        else:
+            self.packet.unpin()
 
     def status(self) -> dict[str, Any]:
         """

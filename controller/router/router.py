@@ -128,6 +128,8 @@ class Router:
         self.transparency.stop()
         if self.devices is not None:
             self.devices.stop()
+        if self.packet is not None:
+            self.packet.close()
 
     # --- accepting ---
 

@@ -4,8 +4,8 @@
  * without any capability.
  *
  * What it serves is open by now.  io_uring is refused too, since it opens files and sockets past
- * the filter, and openat2, whose flags a filter can not see.  Not refused is unlink: the control
- * socket's name is still to go.
+ * the filter, and openat2, whose flags a filter can not see.  Not refused are unlink and rmdir: the
+ * control socket's name and the pins are still to go.
  */
 
 #include <fcntl.h>
@@ -22,7 +22,7 @@ static const int refused[] = {
 	SCMP_SYS(creat), SCMP_SYS(openat2), SCMP_SYS(truncate), SCMP_SYS(mkdir), SCMP_SYS(mkdirat),
 	SCMP_SYS(mknod), SCMP_SYS(mknodat), SCMP_SYS(link), SCMP_SYS(linkat), SCMP_SYS(symlink),
 	SCMP_SYS(symlinkat), SCMP_SYS(rename), SCMP_SYS(renameat), SCMP_SYS(renameat2),
-	SCMP_SYS(rmdir), SCMP_SYS(chmod), SCMP_SYS(fchmod), SCMP_SYS(fchmodat),
+	SCMP_SYS(chmod), SCMP_SYS(fchmod), SCMP_SYS(fchmodat),
 #ifdef __NR_fchmodat2 /* which libseccomp may not know */
 	__NR_fchmodat2,
 #endif
