@@ -78,6 +78,13 @@ _HELLO_RESULTS: Final[dict[int, tuple[str, int]]] = {
 }
 
 
+_SERVER_NAME, _ALPN, _VERSIONS, _ECH = (
+    lib.EXT_SERVER_NAME,
+    lib.EXT_ALPN,
+    lib.EXT_VERSIONS,
+    lib.EXT_ECH,
+)
+
 NO_HEADER: Final = Header(0)
 
 UNDECIDED: Final = Choice(transparent=False)
@@ -104,8 +111,15 @@ class Hello:
     versions: tuple[int, ...] = ()
     ech: bool = False
     size: int = 0
-    peeks: int = 0
     seconds: float = 0.0
+
+
+def _body(extension: Any) -> bytes | None:
+    """
+    Copy the body of an extension, None for one that is absent.
+    """
+    body = extension.body
+    return ffi.unpack(body, extension.size) if body else None
 
 
 def _send(fd: int, data: bytes) -> int:
@@ -244,7 +258,6 @@ class Connection:
         """
         hello = self.hello
         hello.size = reading.size
-        hello.peeks = reading.peeks
         status = reading.status
         if status == lib.HELLO_COMPLETE:
             hello.seconds = time.monotonic() - self.began
@@ -278,17 +291,16 @@ class Connection:
 
     def _interpret(self, extensions: Any) -> None:
         hello = self.hello
-        name, alpn, versions = (
-            extensions[i] for i in (lib.EXT_SERVER_NAME, lib.EXT_ALPN, lib.EXT_VERSIONS)
-        )
-        if alpn.body != ffi.NULL:
-            hello.alpn = read_alpn(ffi.buffer(alpn.body, alpn.size)[:])
-        if versions.body != ffi.NULL:
-            hello.versions = read_versions(ffi.buffer(versions.body, versions.size)[:])
-        hello.ech = extensions[lib.EXT_ECH].body != ffi.NULL
-        if name.body == ffi.NULL:
+        alpn, versions = _body(extensions[_ALPN]), _body(extensions[_VERSIONS])
+        if alpn is not None:
+            hello.alpn = read_alpn(alpn)
+        if versions is not None:
+            hello.versions = read_versions(versions)
+        hello.ech = bool(extensions[_ECH].body)
+        name = _body(extensions[_SERVER_NAME])
+        if name is None:
             raise HelloError("no_sni", alert.UNRECOGNIZED_NAME, "no server_name")
-        hello.server_name = read_server_name(ffi.buffer(name.body, name.size)[:])
+        hello.server_name = read_server_name(name)
 
     def _release_reader(self) -> None:
         if self._hello_reader != ffi.NULL:

@@ -52,7 +52,7 @@ def accept(router: "Router", listener: int) -> int:
             connection = Connection(router, fd, arrival, began)
             router.connections[connection.id] = connection
             try:
-                if router.trusts(connection.peer[0]):
+                if router.trusts(connection.client[0]):
                     connection.expect_header()
                 else:
                     connection.read(arrival.reading)

@@ -47,15 +47,15 @@ EPOLLIN: Final = 1
 log = structlog.get_logger()
 
 
-def _membership(networks: Sequence[Network]) -> Callable[[str], bool]:
+def _membership(networks: Sequence[Network]) -> Callable[[bytes], bool]:
     """
-    Make a quick test whether an address lies in one of *networks*.
+    Make a quick test whether a packed address lies in one of *networks*.
     """
     if not networks:
         return lambda _: False
 
     @lru_cache(4096)
-    def contains(address: str) -> bool:
+    def contains(address: bytes) -> bool:
         ip = ip_address(address)
         return any(ip in network for network in networks if network.version == ip.version)
 

@@ -14,7 +14,6 @@ struct hello {
 	size_t skip; /* bytes before the hello: a PROXY header */
 	size_t seen; /* bytes fed so far */
 	size_t record; /* where the last record begins that we know of */
-	unsigned int peeks;
 	bool complete;
 };
 
@@ -190,7 +189,6 @@ void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *readi
 	ssize_t size = look(fd, hello->skip + limit + 1);
 
 	memset(reading, 0, sizeof(*reading));
-	reading->peeks = ++hello->peeks;
 	reading->size = hello->seen;
 	if (size == -EAGAIN || (size > 0 && (size_t)size <= hello->skip)) {
 		reading->need = RECORD_HEADER;

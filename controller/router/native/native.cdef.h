@@ -19,7 +19,7 @@ enum { EXT_SERVER_NAME, EXT_ALPN, EXT_VERSIONS, EXT_ECH, N_EXTENSIONS };
 
 /* the body of an extension, as OpenSSL framed it, until the next peek; NULL: absent */
 struct extension {
-	const unsigned char *body;
+	const char *body;
 	size_t size;
 };
 
@@ -29,7 +29,6 @@ struct reading {
 	int alert; /* HELLO_INVALID: what OpenSSL would answer, 0 for nothing */
 	size_t size; /* bytes received so far */
 	size_t need; /* HELLO_MORE: bytes needed for another look */
-	unsigned int peeks;
 	struct extension extensions[4];
 };
 
