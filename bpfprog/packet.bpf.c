@@ -608,22 +608,32 @@ static __always_inline int send_on(struct way *way, bool is_ipv6)
 	} while (0)
 
 /* Have the addresses, the hop limit and the ECN bits say what they must; false for a packet that
- * has to be dropped.
+ * has to be dropped.  *change* is what the sum of an IPv6 header, which has no checksum, changes
+ * by.
  */
-static __always_inline bool translate_ip(void *data, void *end, struct flow *flow, struct way *way)
+static __always_inline bool translate_ip(void *data, void *end, struct flow *flow, struct way *way,
+					 __u32 *change)
 {
 	if (flow->is_ipv6) {
 		struct ipv6 *ip = data + ETH_LEN;
+		__u16 *word;
 
 		if ((void *)(ip + 1) > end || ip->hops <= 1)
 			return false;
+		word = (__u16 *)&ip->next;
+		*change = (__u16) ~*word;
 		ip->hops--;
+		*change += *word;
 		if (flow->bleach) {
 			/* RFC 6040, 4.2: who does not know ECN knows congestion by a loss */
 			if ((ip->class_low & ECN_MASK) == ECN_CE)
 				return false;
+			word = (__u16 *)ip;
+			*change += (__u16) ~*word;
 			ip->class_low &= ~ECN_MASK;
+			*change += *word;
 		}
+		*change = fold32((__u64)*change + way->address_sum);
 		copy_address(ip->from, way->out.from);
 		copy_address(ip->to, way->out.to);
 	} else {
@@ -740,7 +750,7 @@ static __always_inline int translate(struct __sk_buff *skb, struct flow *flow, _
 {
 	struct way *way = &flow->ways[end];
 	void *data, *data_end;
-	__u32 l4 = packet->l4, now = seconds(), seq, ack, window;
+	__u32 l4 = packet->l4, now = seconds(), seq, ack, window, change = 0;
 	struct tcp *tcp;
 	bool unusual = false;
 	__u16 was, is;
@@ -774,7 +784,7 @@ static __always_inline int translate(struct __sk_buff *skb, struct flow *flow, _
 		tell(flow->owner, &event);
 		return DROP;
 	}
-	if (!translate_ip(data, data_end, flow, way))
+	if (!translate_ip(data, data_end, flow, way, &change))
 		return DROP;
 
 	sum = way->port_sum;
@@ -809,6 +819,9 @@ static __always_inline int translate(struct __sk_buff *skb, struct flow *flow, _
 	bpf_l4_csum_replace(skb, l4 + offsetof(struct tcp, check), 0, way->address_sum,
 			    BPF_F_PSEUDO_HDR);
 	bpf_l4_csum_replace(skb, l4 + offsetof(struct tcp, check), 0, fold32(sum), 0);
+	/* a sum over the whole packet, if the device has made one (CHECKSUM_COMPLETE) */
+	if (change)
+		bpf_csum_update(skb, change);
 	return send_on(way, flow->is_ipv6);
 }
 
