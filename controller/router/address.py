@@ -33,6 +33,7 @@ def readable(endpoint: Endpoint) -> Address:
     return socket.inet_ntop(family, packed), port
 
 
+@lru_cache(4096)
 def pack(address: Address) -> Endpoint:
     """
     Read an IP literal.

@@ -353,9 +353,9 @@ class Connection:
         self.choice = choice
         address = backend_address(self.address, backend.port)
         source = socket_address(*self.client) if choice.transparent else None
-        like, ports = router.likeness(self)
+        like, port = router.likeness(self)
         self.dialled = time.monotonic()
-        fd = router.dial(address, source, like, ports)
+        fd = router.dial(address, source, like, port)
         if fd < 0:
             return self._dial_again(-fd)
         self._connecting = fd

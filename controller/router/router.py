@@ -204,9 +204,9 @@ class Router:
             return self.ladder
         return [rung for rung in self.ladder if HANDOFFS.index(rung.name) >= best]
 
-    def likeness(self, connection: Connection) -> tuple[int, tuple[int, int]]:
+    def likeness(self, connection: Connection) -> tuple[int, int]:
         """
-        Which socket the one to *connection*'s backend is to resemble, and the ports to dial from.
+        Which socket the one to *connection*'s backend is to resemble, and the port to dial from.
 
         Both matter where packets of the one may become packets of the other.
         """
@@ -214,13 +214,13 @@ class Router:
         backend, packet = connection.backend, self.packet
         assert backend is not None  # noqa: S101 - it is about to be dialled
         if packet is None or not packet.is_on or backend.handoff not in PACKET_TOO:
-            return -1, (own, 0)
+            return -1, own
         to = pack((connection.address, backend.port))
         if own and packet.ports.is_free(connection.client, to):
-            return connection.fd, (own, packet.ports.choose(to))
-        return connection.fd, (packet.ports.choose(to), packet.ports.choose(to))
+            return connection.fd, own
+        return connection.fd, packet.ports.choose(to)
 
-    def dial(self, address: bytes, source: bytes | None, like: int, ports: tuple[int, int]) -> int:
+    def dial(self, address: bytes, source: bytes | None, like: int, port: int) -> int:
         """
         Begin to connect; see `struct dial`.
 
@@ -232,7 +232,7 @@ class Router:
         dial.client = client = ffi.NULL if source is None else ffi.from_buffer(source)
         dial.size = len(address)
         dial.like = like
-        dial.ports = ports
+        dial.port = port
         fd = int(lib.dial(dial, self.connected))
         # what the struct points to lives until here
         del to, client

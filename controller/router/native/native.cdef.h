@@ -65,7 +65,7 @@ struct dial {
 	const void *client; /* the address to connect from, of the same family; NULL: this host's */
 	int size; /* of both */
 	int like; /* a client's socket, which the new one resembles; -1: none */
-	int ports[2]; /* to connect from, the first that is free; then any; 0: none */
+	int port; /* to connect from; where it is taken, and with 0, the kernel's choice */
 	int receive_buffer, keepalive_idle, epoll;
 };
 

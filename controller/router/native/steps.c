@@ -166,6 +166,7 @@ static int try_connect(int fd, const struct sockaddr *to, int size)
  * the packets of one can be translated into the other's (packet.bpf.c, egress).
  */
 #define TIMESTAMPS_SIZE 12 /* of a segment, with its padding */
+#define MAX_SEGMENT 32767 /* of TCP_MAXSEG (MAX_TCP_WINDOW) */
 
 static int resemble(int fd, int like)
 {
@@ -182,7 +183,9 @@ static int resemble(int fd, int like)
 		lacks |= LACKS_TIMESTAMPS;
 	if (!(info.tcpi_options & TCPI_OPT_SACK))
 		lacks |= LACKS_SACK;
-	if (setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof(segment)))
+	/* larger ones are loopback's, whose packets are nobody's to translate */
+	if (segment <= MAX_SEGMENT &&
+	    setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof(segment)))
 		return -errno;
 	if (!lacks)
 		return 0;
@@ -227,16 +230,12 @@ static int dial_once(const struct dial *dial, int port, bool *connected)
  */
 int dial(const struct dial *dial, bool *connected)
 {
-	int fd = -EADDRINUSE;
+	int fd = dial_once(dial, dial->port, connected);
 
-	for (size_t i = 0; i < sizeof(dial->ports) / sizeof(*dial->ports); i++) {
-		if (dial->ports[i] || !i)
-			fd = dial_once(dial, dial->ports[i], connected);
-		/* it is taken, or not for us to take */
-		if (fd != -EADDRINUSE && fd != -EADDRNOTAVAIL && fd != -EACCES)
-			return fd;
-	}
-	return dial->ports[0] ? dial_once(dial, 0, connected) : fd;
+	/* the port is taken, or not for us to take */
+	if (dial->port && (fd == -EADDRINUSE || fd == -EADDRNOTAVAIL || fd == -EACCES))
+		fd = dial_once(dial, 0, connected);
+	return fd;
 }
 
 /* Take all that *fd* has received, at most *size* bytes.
