@@ -162,12 +162,12 @@ static int try_connect(int fd, const struct sockaddr *to, int size)
 	return errno == EALREADY ? -EINPROGRESS : -errno;
 }
 
-/* Offer a backend no more than the client of *like* has: largest segments, timestamps, SACK.  Then
- * the packets of one can be translated into the other's (packet.bpf.c, egress).
- */
 #define TIMESTAMPS_SIZE 12 /* of a segment, with its padding */
 #define MAX_SEGMENT 32767 /* of TCP_MAXSEG (MAX_TCP_WINDOW) */
 
+/* Offer a backend no more than the client of *like* has: largest segments, timestamps, SACK.  Then
+ * the packets of one can be translated into the other's (packet.bpf.c, egress).
+ */
 static int resemble(int fd, int like)
 {
 	struct tcp_info info = {};
