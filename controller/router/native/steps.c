@@ -163,7 +163,11 @@ static int try_connect(int fd, const struct sockaddr *to, int size)
 }
 
 #define TIMESTAMPS_SIZE 12 /* of a segment, with its padding */
-#define MAX_SEGMENT 32767 /* of TCP_MAXSEG (MAX_TCP_WINDOW) */
+
+/* What TCP_MAXSEG takes.  Only loopback has larger segments, and no flow is made of what comes by
+ * it; smaller ones are of a peer that means less than RFC 9293 (3.7.1) has it take.
+ */
+enum { SMALLEST_SEGMENT = 88, LARGEST_SEGMENT = 32767 };
 
 /* Offer a backend no more than the client of *like* has: largest segments, timestamps, SACK.  Then
  * the packets of one can be translated into the other's (packet.bpf.c, egress).
@@ -183,9 +187,11 @@ static int resemble(int fd, int like)
 		lacks |= LACKS_TIMESTAMPS;
 	if (!(info.tcpi_options & TCPI_OPT_SACK))
 		lacks |= LACKS_SACK;
-	/* larger ones are loopback's, whose packets are nobody's to translate */
-	if (segment <= MAX_SEGMENT &&
-	    setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof(segment)))
+	if (segment < SMALLEST_SEGMENT)
+		segment = SMALLEST_SEGMENT;
+	if (segment > LARGEST_SEGMENT)
+		segment = LARGEST_SEGMENT;
+	if (setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof(segment)))
 		return -errno;
 	if (!lacks)
 		return 0;
