@@ -28,6 +28,9 @@ from harness.tools import HarnessError, wait_for
 from controller.runtime import find_engines
 from controller.settings import ENGINE_AUTO
 
+IN_KERNEL = ("packet", "sockmap")
+"""The hand-offs that take no byte to user space."""
+
 FAILURES = (HarnessError, docker.errors.DockerException, OSError)
 
 
@@ -131,11 +134,11 @@ def show_outcome(sniroute: Sniroute, fetches: int) -> None:
         say("routed", f"{route} -> {name} at {address}, by {' and '.join(ways)}")
     handoff = sniroute.status()["handoff"]
     say("hand-off", f"{handoff['chosen']}: {handoff['reason']}")
-    kernel, total = (
+    in_kernel, total = (
         sum(line["bytes_in"] + line["bytes_out"] for line in lines if line["handoff"] in ways)
-        for ways in (("sockmap",), HANDOFFS)
+        for ways in (IN_KERNEL, HANDOFFS)
     )
-    say("bytes", f"{kernel:,} of {total:,} went through the kernel")
+    say("bytes", f"{in_kernel:,} of {total:,} stayed in the kernel")
 
 
 def main() -> int:

@@ -40,7 +40,7 @@ def check_story(told: dict[str, list[str]]) -> None:
         for name, address in places
     ] == told["fetch"]
     assert [
-        f"{name}.example.test -> sniroute-{name} at {address}, by sockmap"
+        f"{name}.example.test -> sniroute-{name} at {address}, by packet"
         for name, address in places
     ] == told["routed"]
     moved, _, total, *_ = told["bytes"][0].split()

@@ -23,13 +23,13 @@ def test_the_controller_has_no_capability(sniroute: Sniroute) -> None:
 
 def test_the_router_has_at_most_the_four_it_was_given(sniroute: Sniroute) -> None:
     """
-    The router uses sockmap with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_NET_BIND_SERVICE.
+    The router uses packets with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_NET_BIND_SERVICE.
 
     It can not gain more.
     """
     sets = privileges(sniroute.router())
 
-    assert "sockmap" == sniroute.status()["handoff"]["chosen"]
+    assert "packet" == sniroute.status()["handoff"]["chosen"]
     for name in ("CapPrm", "CapEff", "CapInh", "CapAmb", "CapBnd"):
         assert 0 == sets[name] & ~FOUR
     assert 1 == sets["NoNewPrivs"]

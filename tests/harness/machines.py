@@ -31,12 +31,14 @@ root=$1 share=$2
 if [ "$root" = / ]; then
     mount -t proc proc /proc
     mount -t tmpfs tmpfs /run
+    mount -t bpf bpf /sys/fs/bpf
 else
     mount --bind "$root" "$root"
     mount -t proc proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
     mount -t tmpfs tmpfs "$root/run"
+    mount -t bpf bpf "$root/sys/fs/bpf"
     mkdir -p "$root$share"
     mount --bind "$share" "$root$share"
     cd "$root"

@@ -5,6 +5,7 @@ The product under test: `sniroute run` on an engine's machine, seen as its opera
 import contextlib
 import http.client
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,8 +21,14 @@ from harness.tools import CAPABILITIES, VENV, HarnessError, limited, run, wait_f
 
 SNIROUTE = VENV / "bin/sniroute"
 
-HANDOFFS = ("sockmap", "relay")
+HANDOFFS = ("packet", "sockmap", "relay")
 """Every hand-off, fastest first."""
+
+WITH_BPFFS = (
+    *("unshare", "--mount", "--propagation=private", "--"),
+    *("sh", "-ec", 'mount -t bpf bpf /sys/fs/bpf; exec "$@"', "with-bpffs"),
+)
+"""A prefix for a command that is to have a bpffs: what is left there goes with its last process."""
 
 
 class Sniroute:
@@ -38,6 +45,7 @@ class Sniroute:
         address, port = engine.front
         self._metrics = address, metrics_port
         command = [
+            *(() if os.geteuid() else WITH_BPFFS),
             *(
                 *limited(*CAPABILITIES),
                 str(SNIROUTE),
