@@ -74,9 +74,9 @@ class Bell:
             async with asyncio.timeout(timeout):
                 await self._rung.wait()
             await asyncio.sleep(max(GATHER, self._last_act + BURST - clock()))
+            self._last_act = clock()
         except TimeoutError:
             pass
-        self._last_act = clock()
         self._rung.clear()
         first, self._first = self._first, None
         return first
