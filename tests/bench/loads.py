@@ -7,15 +7,25 @@ import json
 import random
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import change, lab
-from bench.contestants import CONTESTANTS, Contestant, Job, command, handoff_of, seen_from
+from bench.contestants import (
+    CONTESTANTS,
+    SNIROUTE,
+    Contestant,
+    Job,
+    command,
+    handoff_of,
+    seen_from,
+)
 from bench.lab import BACKEND, ROUTER, inside
 from bench.values import BenchError, Sample
+from prometheus_client.parser import text_string_to_metric_families
 
 from controller.core.routes import Backend, Route, RouteTable
 
@@ -125,13 +135,16 @@ class Bench:
             routes[f"n{filler}.filler.example.net"] = (BACKEND, 9)
         seen = seen_from(me, self.work)
         job = Job(name, ROUTER, 10000 + 32 * number, routes, self.work, seen, me.workers)
-        if not (words := command(me, job)):
-            yield Instance(me, number, job)
-            return
-        log = self.work / f"{name}.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(words, stdout=out, stderr=out, cwd=self.work)
-        with lab.ended(process, SPARE_SECONDS):
+        with contextlib.ExitStack() as stack:
+            if me.program == SNIROUTE:
+                stack.enter_context(lab.bpffs(job.bpffs))
+            if not (words := command(me, job)):
+                yield Instance(me, number, job)
+                return
+            log = self.work / f"{name}.log"
+            with log.open("wb") as out:
+                process = subprocess.Popen(words, stdout=out, stderr=out, cwd=self.work)
+            stack.enter_context(lab.ended(process, SPARE_SECONDS))
             instance = Instance(me, number, job, process.pid)
             self._wait_for_routes(instance, loads, process, log)
             if me.handoff and handoff_of(job) != me.handoff:
@@ -148,6 +161,15 @@ class Bench:
                     tail = log.read_text(errors="replace")[-2000:]
                     raise BenchError(f"{at.me.name} does not route: {wrong}\n{tail}")
                 time.sleep(0.1)
+
+    def guard(self, at: Instance, load: Load) -> list[str]:
+        """
+        Ask one of ours whether the rung that is measured has moved the bytes; say if not.
+        """
+        if not at.me.handoff:
+            return []
+        metrics = lab.fetch("router", f"http://{at.job.metrics}/metrics")
+        return not_carried(at.me.handoff, load.host, metrics)
 
     def probe(self, at: Instance, load: Load) -> str:
         """
@@ -230,6 +252,29 @@ def wrongs(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     return wrong
 
 
+CARRIED = 0.99
+"""The share of a load's bytes that a rung must move itself, to have its name in a table; the rest
+is for a connection that the start of a contestant is tried with."""
+
+
+def not_carried(handoff: str, host: str, metrics: str) -> list[str]:
+    """
+    Read in a router's metrics how the traffic for *host* was moved; say if not by *handoff*.
+    """
+    moved, refusals = Counter[str](), []
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            labels = sample.labels
+            if sample.name == "sniroute_forward_bytes_total" and labels["route"] == host:
+                moved[labels["handoff"]] += int(sample.value)
+            elif sample.name == "sniroute_handoff_refusals_total":
+                refusals.append(f"{labels['handoff']}: {labels['reason']} {sample.value:.0f}")
+    if moved[handoff] >= CARRIED * moved.total() > 0:
+        return []
+    why = f" ({', '.join(refusals)})" if refusals else ""
+    return [f"{handoff} moved {moved[handoff]} of {moved.total()} bytes{why}"]
+
+
 # --- how each is measured ---------------------------------------------------------------
 
 
@@ -303,6 +348,10 @@ def find(_: Bench, at: Instance, __: Load, seconds: float) -> Outcome:
     return Sample(took / done * 1e9), wrong
 
 
+PAUSES = {"now-and-then": (0.3, 1.5), "often": (0.02, 0.2)}
+"""Seconds between changes of a container, the least and the most."""
+
+
 def changes(bench: Bench, at: Instance, load: Load, seconds: float) -> Outcome:
     """
     Move a labelled container; time its event to the first connection on the new backend.
@@ -322,7 +371,13 @@ def changes(bench: Bench, at: Instance, load: Load, seconds: float) -> Outcome:
             stack.callback(hear, backend)
             _expect(backend, "ready", at, load)
         times, wrong = change.measure(
-            at.me, at.job, load.host, hello=hello, served=served, seconds=seconds
+            at.me,
+            at.job,
+            load.host,
+            hello=hello,
+            served=served,
+            pauses=PAUSES[load.play],
+            seconds=seconds,
         )
     wrong += [x["first_error"] for x in said if x["errors"]]
     times.sort()
@@ -378,9 +433,19 @@ LOADS = (
         "change",
         "ms from a container's event to its first connection (p50)",
         changes,
+        "now-and-then",
         lower=True,
         fresh=True,
-        stretch=4,
+        stretch=6,
+    ),
+    Load(
+        "churn",
+        "ms from an event to its first connection (p50), while a container keeps changing",
+        changes,
+        "often",
+        lower=True,
+        fresh=True,
+        stretch=3,
     ),
     Load("routes", "connections/s, 64 at once", exchange, "fin", 64, "CPU us each"),
     Load("find", "ns for a look-up in the table", find, lower=True),

@@ -9,8 +9,8 @@ from bench.__main__ import Kind, main
 QUICK = Kind(
     "bench.quick",
     "quick",
-    ("burst", "single", "down-1"),
-    ("direct", "haproxy", "nginx", "sockmap", "relay"),
+    ("burst", "single", "down-1", "trips-32"),
+    ("direct", "packet", "sockmap", "relay", "haproxy", "nginx"),
 )
 
 if __name__ == "__main__":

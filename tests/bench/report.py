@@ -1,21 +1,26 @@
 """
 What a run prints and keeps: the machine, a table for each load, and plots.
+
+Of what a run has kept, `python -m bench.report FILE` prints the same again.
 """
 
+import argparse
+import json
 import os
 import platform
 import ssl
 import subprocess
+import sys
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.contestants import PEERS, Contestant
+from bench.contestants import OURS, PEERS, Contestant
 from bench.lab import ROOT, run
-from bench.loads import Load
-from bench.values import Results
+from bench.loads import Load, named
+from bench.values import Results, read_results
 
 
 def machine(chosen: list[Contestant], *, rps: bool) -> dict[str, Any]:
@@ -72,6 +77,30 @@ def table(results: Results, load: Load) -> str:
     return "\n".join([f"{load.name}: {load.title}" + " (less is better)" * load.lower, *lines])
 
 
+def show(kept: dict[str, Any]) -> None:
+    """
+    Print what a run has kept.
+    """
+    results = read_results(kept)
+    for key, value in kept["machine"].items():
+        shown = "; ".join(map(": ".join, value.items())) if isinstance(value, dict) else value
+        print(f"{key}: {shown}")
+    print(f"background: {results.background:.2f} CPUs busy before the first round")
+    print(f"measured for {kept['seconds']} s; ratios are medians of the rounds' ratios")
+    for load in measured(results):
+        print("\n" + table(results, load))
+    said = [f"error: {x}" for x in results.errors]
+    said += [f"below the floor: {x}" for x in kept["below_floors"]]
+    print("\n" * bool(said), *said, sep="\n", end="\n" * bool(said))
+
+
+def measured(results: Results) -> list[Load]:
+    """
+    Name the loads that there are results of, in their order.
+    """
+    return [x for x in named(list(results.samples)) if results.samples[x.name]]
+
+
 # --- plots ------------------------------------------------------------------------------
 
 _STYLE = """
@@ -82,7 +111,7 @@ text { font: 13px sans-serif; fill: #57606a } .title { font-weight: 600 }
 _LEFT, _WIDTH, _ROW, _TOP = 130, 460, 24, 40
 
 
-def plot(results: Results, load: Load, ours: set[str]) -> str:
+def plot(results: Results, load: Load) -> str:
     """
     Draw one load as an SVG: a bar for each median, a line from the least to the most.
     """
@@ -100,7 +129,7 @@ def plot(results: Results, load: Load, ours: set[str]) -> str:
         middle = median(values)
         low, mid, high = (_LEFT + _WIDTH * x / most for x in (min(values), middle, max(values)))
         y = _TOP + _ROW * row
-        kind = "limit" if name == "direct" else "ours" if name in ours else "bar"
+        kind = "limit" if name == "direct" else "ours" if name in OURS else "bar"
         parts += [
             f'<text x="{_LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>',
             f'<rect class="{kind}" x="{_LEFT}" y="{y + 2}" width="{mid - _LEFT:.1f}" height="16"/>',
@@ -108,3 +137,31 @@ def plot(results: Results, load: Load, ours: set[str]) -> str:
             f'<text x="{high + 8:.1f}" y="{y + 14}">{number(middle)}</text>',
         ]
     return "\n".join([*parts, "</svg>\n"])
+
+
+def draw(results: Results, folder: Path) -> None:
+    """
+    Draw every load into *folder*.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for load in measured(results):
+        (folder / f"{load.name}.svg").write_text(plot(results, load))
+
+
+def main(argv: list[str]) -> int:
+    """
+    Print, and draw, what an earlier run has kept.
+    """
+    parser = argparse.ArgumentParser("bench.report", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("file", type=Path, help="what --json has written")
+    parser.add_argument("--plots", type=Path, help="draw an SVG of each load into this folder")
+    args = parser.parse_args(argv)
+    kept = json.loads(args.file.read_text())
+    show(kept)
+    if args.plots:
+        draw(read_results(kept), args.plots)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

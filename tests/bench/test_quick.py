@@ -4,7 +4,6 @@ The benchmark's own promises: it sees what goes wrong, compares fairly, and leav
 The generator is run on loopback without a router between; one whole run needs root.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,12 +19,12 @@ from xml.dom.minidom import parseString
 
 import pytest
 from bench import lab
-from bench.__main__ import FULL, measure
+from bench.__main__ import FEW_ROUNDS, FULL, Kind, Part, measure, parse, plan, turns
 from bench.contestants import CONTESTANTS, PEERS
-from bench.loads import LOADS, Bench, named
+from bench.loads import LOADS, Bench, named, not_carried
 from bench.quick import QUICK
 from bench.report import plot, table
-from bench.values import BEST, BenchError, Results, Sample, read_floors
+from bench.values import BEST, BenchError, Floor, Results, Sample, read_floors
 
 HOST = "127.0.0.1"
 DEADLINE = 20
@@ -281,16 +280,80 @@ def test_floors(entry: dict[str, Any], rates: dict[str, list[float]], expected: 
     assert expected == said.removeprefix("down-1: ")
 
 
+def floors_in(kind: Kind) -> list[Floor]:
+    return read_floors(json.loads((lab.HERE / "floors.json").read_text())[kind.floors])
+
+
 @pytest.mark.parametrize("kind", [QUICK, FULL], ids=lambda x: x.floors)
-def test_the_floors_name_what_is_measured(kind: Any) -> None:
+def test_the_floors_name_what_is_measured(kind: Kind) -> None:
     """
     Each floor is of a load and of contestants that its kind of run measures.
     """
     chosen = {x.name: x for x in CONTESTANTS if x.name in kind.contestants}
-    for floor in read_floors(json.loads((lab.HERE / "floors.json").read_text())[kind.floors]):
+    for floor in floors_in(kind):
         assert floor.load in kind.loads
         assert chosen[floor.contestant].fits(floor.load)
         assert floor.relative_to in {"", BEST, *chosen}
+
+
+@pytest.mark.parametrize("kind", [QUICK, FULL], ids=lambda x: x.floors)
+def test_only_what_has_a_floor_is_all_that_the_floors_need(kind: Kind) -> None:
+    """
+    With --floors-only every floor's two sides are measured, in all rounds, and no other load is.
+    """
+    parts = {x.load.name: x for x in plan(kind, parse(kind, ["--floors-only", "--rounds", "9"]))}
+    floors = floors_in(kind)
+
+    assert parts.keys() == {x.load for x in floors}
+    assert all(x.rounds == 9 for x in parts.values())
+    for floor in floors:
+        names = {x.name for x in parts[floor.load].contestants}
+        assert {floor.contestant, floor.relative_to} - {"", BEST} <= names
+    assert {x.name for x in parts["burst"].contestants} == {"packet", "sockmap", "haproxy"}
+
+
+def test_a_load_without_a_floor_has_fewer_rounds() -> None:
+    """
+    The hour goes where a figure decides something, and each round starts with another contestant.
+    """
+    parts = plan(QUICK, parse(QUICK, ["single", "burst", "--only", "direct", "haproxy"]))
+
+    assert [(turn, load.name, me.name) for turn, load, me in turns(parts)][:6] == [
+        (0, "burst", "direct"),
+        (0, "burst", "haproxy"),
+        (0, "single", "direct"),
+        (0, "single", "haproxy"),
+        (1, "burst", "haproxy"),
+        (1, "burst", "direct"),
+    ]
+    assert [(x.load.name, x.rounds) for x in parts] == [("burst", 5), ("single", FEW_ROUNDS)]
+
+
+METRICS = """
+sniroute_handoff_refusals_total{handoff="packet",reason="full"} 7.0
+sniroute_forward_bytes_total{direction="in",handoff="packet",route="a.example.com"} 985.0
+sniroute_forward_bytes_total{direction="out",handoff="packet",route="a.example.com"} 10.0
+sniroute_forward_bytes_total{direction="in",handoff="relay",route="a.example.com"} 5.0
+sniroute_forward_bytes_total{direction="in",handoff="relay",route="b.example.com"} 5.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("handoff", "host", "expected"),
+    [
+        ("packet", "a.example.com", []),
+        ("packet", "b.example.com", ["packet moved 0 of 5 bytes (packet: full 7)"]),
+        ("packet", "c.example.com", ["packet moved 0 of 0 bytes (packet: full 7)"]),
+        ("relay", "a.example.com", ["relay moved 5 of 1000 bytes (packet: full 7)"]),
+    ],
+)
+def test_a_rung_has_its_name_on_its_own_work_only(
+    handoff: str, host: str, expected: list[str]
+) -> None:
+    """
+    What another rung has moved is an error, with whatever reasons the router tells.
+    """
+    assert not_carried(handoff, host, METRICS) == expected
 
 
 def test_every_contestant_fits_a_load_and_every_load_has_one() -> None:
@@ -310,7 +373,7 @@ def test_a_plot_is_drawn_to_scale() -> None:
     A plot is a whole SVG, and twice the median is twice the bar.
     """
     made = results(haproxy=[5.0, 5.0], sockmap=[10.0, 10.0])
-    drawn = plot(made, named(["down-1"])[0], {"sockmap"})
+    drawn = plot(made, named(["down-1"])[0])
     parsed = parseString(drawn)  # noqa: S318 - our own
     bars = [float(x.getAttribute("width")) for x in parsed.getElementsByTagName("rect")]
 
@@ -352,8 +415,8 @@ def test_who_cannot_be_measured_is_left_out_and_fails_the_run() -> None:
     """
     A contestant that breaks down is an error once, and has no figure; the run goes on.
     """
-    args = argparse.Namespace(what=["burst", "single"], rounds=3, seconds=0.1)
-    made = measure(cast("Bench", Broken()), args, [CONTESTANTS[0]])
+    parts = [Part(load, [CONTESTANTS[0]], 3) for load in named(["burst", "single"])]
+    made = measure(cast("Bench", Broken()), parts, 0.1)
 
     assert made.errors == [
         "round 1, burst, direct: a generator failed",
@@ -383,10 +446,14 @@ def test_a_whole_run_without_contestants_to_install(tmp_path: Path) -> None:
         env=ENVIRONMENT,
     )
     report = json.loads(out.read_text())
+    again = [sys.executable, "-m", "bench.report", str(out), "--plots", str(tmp_path / "plots")]
+    shown = subprocess.run(again, capture_output=True, check=True, text=True, env=ENVIRONMENT)
 
     assert done.returncode == 1
+    assert done.stdout == shown.stdout
+    assert {x.stem for x in (tmp_path / "plots").iterdir()} == set(QUICK.loads)
     assert report["errors"] == []
-    assert len(report["below_floors"]) == 2
+    assert len(report["below_floors"]) == len(floors_in(QUICK))
     assert report["samples"].keys() == set(QUICK.loads)
     assert all(len(of["direct"]) == 2 for of in report["samples"].values())
     assert all(s["value"] > 0 for of in report["samples"].values() for s in of["direct"])

@@ -102,6 +102,13 @@ class Floor:
     at_least: float = 0
     at_most: float = float("inf")
 
+    def compares(self, contestant: str, peers: Collection[str]) -> bool:
+        """
+        Tell whether a contestant has to be measured to know that this is held.
+        """
+        against = peers if self.relative_to == BEST else (self.relative_to,)
+        return contestant == self.contestant or contestant in against
+
     def broken(self, results: Results, peers: Collection[str]) -> str:
         """
         Say how it is not held; what cannot be compared is not.
@@ -122,6 +129,17 @@ class Floor:
         what += f" ({self.measure})" if self.measure != "value" else ""
         limit = f"at most {self.at_most}" if lower else f"floor {self.at_least}"
         return f"{what} = {'not measured' if got is None else f'{got:.3g}'}, {limit}"
+
+
+def read_results(kept: dict[str, Any]) -> Results:
+    """
+    Read the results of a run from the JSON that it wrote.
+    """
+    samples = {
+        load: {name: [Sample(**x) for x in samples] for name, samples in of.items()}
+        for load, of in kept["samples"].items()
+    }
+    return Results(samples, kept["errors"], kept["background"])
 
 
 def read_floors(entries: list[dict[str, Any]]) -> list[Floor]:
