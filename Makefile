@@ -86,7 +86,7 @@ demo: dev ## See it work: two containers, one moves, all cleaned up after
 
 # --- prove ---
 
-.PHONY: check test test-unit test-loopback test-kernel test-e2e bench-quick bench
+.PHONY: check test test-unit test-loopback test-kernel test-e2e bench-quick bench-check bench
 check: $(VENV)/.test ## Style and types
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
@@ -102,7 +102,10 @@ test-unit test-loopback test-kernel test-e2e: test-%: $(VENV)/.test ## One kind 
 bench-quick: $(VENV)/.test ## Ratios to direct, HAProxy and nginx, in one run
 	$(ROOT) env PYTHONPATH=tests $(BIN)/python -m bench.quick $(ARGS)
 
-bench: $(VENV)/.test ## The same beside every peer, under every load (WHAT=... for one; about an hour)
+bench-check: $(VENV)/.test ## Fail where those ratios fall below their floors (what CI runs of it)
+	$(ROOT) env PYTHONPATH=tests $(BIN)/python -m bench.quick --floors-only --check $(ARGS)
+
+bench: $(VENV)/.test ## The same beside every peer, under every load (WHAT=... for one; about 35 minutes)
 	$(call packages,$(BENCH_PACKAGES))
 	$(BIN)/pip install -q --group bench
 	$(ROOT) env PYTHONPATH=tests $(BIN)/python -m bench $(WHAT) $(ARGS)
