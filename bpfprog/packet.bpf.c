@@ -248,6 +248,8 @@ static __always_inline bool end_flow(struct flow *flow, __u32 number, __u32 stat
 	if (!leave(flow, FLOW_OPEN, state) && !leave(flow, FLOW_HELLO, state) &&
 	    (state == FLOW_ENDED || !leave(flow, FLOW_ENDED, state)))
 		return false;
+	if (kind == EVENT_RESET)
+		flow->first = end;
 	tell_of(flow, number, kind, end);
 	return true;
 }

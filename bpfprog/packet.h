@@ -75,7 +75,7 @@ struct flow {
 	__u8 is_ipv6;
 	__u8 bleach; /* one leg knows ECN, the other does not */
 	__u8 transparent; /* the backend's packets are addressed to the client */
-	__u8 first; /* the end that sent its FIN first */
+	__u8 first; /* the end that sent its FIN first, or the RST */
 	__u8 told; /* user space has told of its end */
 	__u8 awaited; /* user space wants to hear of EVENT_ACKED */
 	__u8 pad[1];

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import structlog
 
-from bpfprog import QUARANTINE, Declined, Event, Kind, Packet, State, silence
+from bpfprog import MAX_FLOWS, QUARANTINE, Declined, Event, Kind, Packet, State, silence
 from bpfprog.packet import OVER
 from controller.core.packets import Endpoint, packet_too_big, tcp_reset
 from controller.core.session import Side
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 
 TICK: Final = 1.0
 """Seconds between looks at what has waited: acknowledgements, numbers in quarantine."""
+
+CROWDED: Final = MAX_FLOWS // 4
+"""Flows in quarantine from which on it is shorter: many connections a second end soon."""
+
+SETTLED: Final = 1.0
+"""Seconds that it has to be at least: a thousand times what a processor is at work on a packet."""
 
 NOTE_AFTER: Final = 1.0
 """Seconds that a connection must have lasted to be worth a note."""
@@ -181,7 +187,7 @@ class PacketHandoff:
                 self.packet.reap(number)
                 continue
             if native.told:
-                self._over.append((self.loop.now + QUARANTINE, number))
+                self._over.append((self.loop.now, number))
                 continue
             flow = PacketFlow(self, number, None, forgotten, 0)
             flow.hear_of_end(enter(flow, self.packet.read_note(number)))
@@ -271,8 +277,7 @@ class PacketHandoff:
             lasting = connection.flow
             if isinstance(lasting, PacketFlow) and not lasting.session.over:
                 self.packet.note(lasting.number, connection.note())
-        while self._over and now > self._over[0][0]:
-            self.packet.reap(self._over.popleft()[1])
+        self._reap(QUARANTINE)
         if not self.is_on and not self.flows and not self._over and not self.detached:
             self.detached = True
             self.on_drained()
@@ -292,14 +297,23 @@ class PacketHandoff:
         del self.flows[flow.number]
         self.packet.flow(flow.number).told = 1
         self.ports.give_back(flow.entry)
-        self._over.append((self.loop.now + QUARANTINE, flow.number))
+        self._over.append((self.loop.now, flow.number))
+        if len(self._over) > CROWDED:
+            self._reap(SETTLED)
+
+    def _reap(self, age: float) -> None:
+        """
+        Free the numbers of the flows that have been over for *age* seconds.
+        """
+        over, until = self._over, self.loop.now - age
+        while over and over[0][0] <= until:
+            self.packet.reap(over.popleft()[1])
 
     def reap_now(self) -> None:
         """
         Free the numbers of all that has ended, which no packet can find: they were trials.
         """
-        while self._over:
-            self.packet.reap(self._over.popleft()[1])
+        self._reap(0)
 
     def reset(self, number: int, end: int) -> None:
         """
@@ -419,7 +433,7 @@ class PacketFlow(Flow):
         elif flow.state == State.ENDED:
             self._ended(f"{Side(flow.first).name.lower()}_fin")
         elif flow.state in OVER:
-            self._ended("reset")
+            self._ended(f"{Side(flow.first).name.lower()}_rst")
 
     def acknowledged(self) -> None:
         """

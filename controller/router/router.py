@@ -305,6 +305,8 @@ class Router:
         self.transparency.keep(table)
         hosts = {route.host for route in table.routes}
         self._turns = {host: turn for host, turn in self._turns.items() if host in hosts}
+        # a table is no garbage, however large: the collector need not look for any in it
+        gc.freeze()
         self.stats.keep_routes(hosts | {c.route.host for c in self.connections.values() if c.route})
 
     def adopt(self, is_left: Callable[[int], bool]) -> None:
