@@ -3,6 +3,7 @@ What the connections of one router share: the table, the ladder of hand-offs, th
 """
 
 import errno
+import gc
 import itertools
 import select
 import socket
