@@ -21,18 +21,18 @@ class Echoes:
     One backend for each host; *accepted* counts their connections.
     """
 
-    def __init__(self, hosts: Iterable[str]) -> None:
+    def __init__(self, hosts: Iterable[str], address: str = LOOPBACK) -> None:
         self.accepted: Counter[str] = Counter()
         self.addresses: dict[str, Address] = {}
         self._servers: list[asyncio.Server] = []
         self._runner = asyncio.Runner()
-        self._runner.run(self._start(set(hosts)))
+        self._runner.run(self._start(set(hosts), address))
 
-    async def _start(self, hosts: set[str]) -> None:
+    async def _start(self, hosts: set[str], address: str) -> None:
         loop = asyncio.get_running_loop()
         for host in sorted(hosts):
             # the default argument: each server greets as its own host
-            server = await loop.create_server(lambda h=host: _Echo(self, h), LOOPBACK, 0)
+            server = await loop.create_server(lambda h=host: _Echo(self, h), address, 0)
             self._servers.append(server)
             self.addresses[host] = server.sockets[0].getsockname()
 

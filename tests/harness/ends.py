@@ -43,8 +43,10 @@ class Backend:
     A listening backend that hands out what it accepts.
     """
 
-    def __init__(self, address: str = LOOPBACK) -> None:
-        self._listener = socket.create_server((address, 0), backlog=1024)
+    def __init__(self, address: str = LOOPBACK, port: int = 0, hello: bytes = HELLO) -> None:
+        self._hello = hello
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listener = socket.create_server((address, port), family=family, backlog=1024)
         self._listener.settimeout(PATIENCE)
         self.address: Address = self._listener.getsockname()
 
@@ -60,7 +62,7 @@ class Backend:
         """
         end, _ = self._listener.accept()
         end.settimeout(PATIENCE)
-        if (got := read_exactly(end, len(HELLO))) != HELLO:
+        if (got := read_exactly(end, len(self._hello))) != self._hello:
             raise HarnessError(f"no hello at the backend but {got[:64]!r}")
         return end
 

@@ -7,7 +7,6 @@ The catch-all `*` leads into a trap: a hello that is cut up, odd or bad must nev
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 
@@ -15,7 +14,8 @@ from controller.core.alert import HANDSHAKE_FAILURE, UNRECOGNIZED_NAME, alert
 from harness import hellos
 from harness.echoes import Echoes, Speech, greeting
 from harness.hellos import BadHello, Hello
-from harness.loopback import Product, router
+from harness.loopback import Product
+from harness.promises import Promises
 from harness.tools import wait_for
 
 CATCH_ALL = "*"
@@ -73,12 +73,18 @@ class Stage:
         assert accepted == self.echoes.accepted.total()
 
 
-class HelloPromises:
+class HelloPromises(Promises):
     """
     The promises; a subclass names the hand-off.
     """
 
-    handoff: ClassVar[str]
+    @classmethod
+    def echoes(cls, stack: ExitStack, hosts: Iterable[str]) -> Echoes:
+        """
+        Run a backend for each of *hosts* until *stack* is closed.
+        """
+        with cls.at_home():
+            return stack.enter_context(Echoes(hosts, cls.home))
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -88,8 +94,8 @@ class HelloPromises:
         """
         hosts = {hello.server_name for hello in (*hellos.good(), *hellos.odd())} | {CATCH_ALL}
         with ExitStack() as stack:
-            echoes = stack.enter_context(Echoes(hosts))
-            yield Stage(stack.enter_context(router(cls.handoff, echoes.addresses)), echoes)
+            echoes = cls.echoes(stack, hosts)
+            yield Stage(stack.enter_context(cls.router(echoes.addresses)), echoes)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -98,9 +104,9 @@ class HelloPromises:
         Run a router that waits a short time for hellos, with one route and the trap.
         """
         with ExitStack() as stack:
-            echoes = stack.enter_context(Echoes(("app.example.com", CATCH_ALL)))
+            echoes = cls.echoes(stack, ("app.example.com", CATCH_ALL))
             options = ("--hello-timeout", str(HELLO_TIMEOUT))
-            product = stack.enter_context(router(cls.handoff, echoes.addresses, *options))
+            product = stack.enter_context(cls.router(echoes.addresses, *options))
             yield Stage(product, echoes)
 
     @pytest.fixture(scope="class")
@@ -110,8 +116,8 @@ class HelloPromises:
         Run a router with one route only.
         """
         with ExitStack() as stack:
-            echoes = stack.enter_context(Echoes(("app.example.com",)))
-            yield Stage(stack.enter_context(router(cls.handoff, echoes.addresses)), echoes)
+            echoes = cls.echoes(stack, ("app.example.com",))
+            yield Stage(stack.enter_context(cls.router(echoes.addresses)), echoes)
 
     @named(hellos.good())
     def test_cut_at_every_byte_reaches_its_backend(self, stage: Stage, hello: Hello) -> None:

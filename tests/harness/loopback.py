@@ -71,20 +71,22 @@ def router(
     *options: str,
     keys: Mapping[str, str] | None = None,
     address: str = LOOPBACK,
+    metrics: str = LOOPBACK,
 ) -> Iterator[Product]:
     """
     Run the product with *routes*, from host pattern to backend, until the block ends.
 
     As root it gets exactly the capabilities that it documents.
 
-    *keys* are further keys of each route; *address* is where it listens.
+    *keys* are further keys of each route; *address* is where it listens, *metrics* where it tells
+    of itself.
 
     Raises:
         HarnessError: It does not become ready, or does not end in order.
     """
     with tempfile.TemporaryDirectory(prefix="sniroute-") as name:
         folder = Path(name)
-        listen, metrics = _free_addresses(address, LOOPBACK)
+        listen, told = _free_addresses(address, metrics)
         control, log = folder / "router.sock", folder / "log"
         (folder / "routes.toml").write_text(_routes_file(routes, keys or {}))
         command = [
@@ -92,12 +94,12 @@ def router(
             *(str(VENV / "bin" / "sniroute"), "run", "--engine", "none", "--drain", "1"),
             *("--client-ip", "off"),
             *("--routes", str(folder / "routes.toml"), "--control", str(control)),
-            *("--listen", f"{listen[0]}:{listen[1]}", "--metrics", f"{metrics[0]}:{metrics[1]}"),
+            *("--listen", f"{listen[0]}:{listen[1]}", "--metrics", f"{told[0]}:{told[1]}"),
             *("--handoff", handoff, *options),
         ]
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-        product = Product(listen, metrics, control, process.pid, log)
+        product = Product(listen, told, control, process.pid, log)
         try:
             wait_for("a ready router", lambda: _ready(process, product))
             yield product

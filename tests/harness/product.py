@@ -158,7 +158,16 @@ class Sniroute:
         return {r["host"]: {b["address"] for b in r["backends"]} for r in routes}
 
     def _ask(self, command: str) -> str:
-        return run(SNIROUTE, command, "--json", "--control", self._control)
+        return self.command(command, "--json")
+
+    def command(self, *words: str) -> str:
+        """
+        Run one command of `sniroute` on the product, and return what it prints.
+
+        Raises:
+            HarnessError: It failed.
+        """
+        return run(SNIROUTE, *words, "--control", self._control)
 
     def wait_for_route(self, host: str, *addresses: str) -> None:
         """

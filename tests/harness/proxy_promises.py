@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Iterator
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import pytest
 
@@ -21,7 +21,8 @@ from harness.ends import (
     read_exactly,
     receive_digest,
 )
-from harness.loopback import Product, router
+from harness.loopback import Product
+from harness.promises import Promises
 from harness.tools import wait_for
 
 CLIENTS: Final[tuple[Address, ...]] = (("192.0.2.7", 51000), ("2001:db8::7", 52000))
@@ -38,12 +39,10 @@ HEADERS: Final = [
 LOCAL_HEADER: Final = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"
 
 
-class ProxyPromises:
+class ProxyPromises(Promises):
     """
     The promises; a subclass names the hand-off.
     """
-
-    handoff: ClassVar[str]
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -51,7 +50,9 @@ class ProxyPromises:
         """
         Listen for the class's connections.
         """
-        with Backend() as backend:
+        with cls.at_home():
+            backend = Backend(cls.home)
+        with backend:
             yield backend
 
     @pytest.fixture(scope="class")
@@ -61,7 +62,7 @@ class ProxyPromises:
         Run the product with loopback as a trusted sender.
         """
         routes = {NAME: backend.address}
-        with router(cls.handoff, routes, "--proxy-protocol-from", "127.0.0.0/8") as product:
+        with cls.router(routes, "--proxy-protocol-from", cls.origin) as product:
             yield product
 
     @pytest.mark.parametrize("header", HEADERS)
@@ -94,7 +95,7 @@ class ProxyPromises:
             line = wait_for("the log", lambda port=port: logged(trusting, port))
 
             assert (line["client"], line["client_port"]) == client
-            assert line["sender"] == "127.0.0.1"
+            assert line["sender"] == self.origin
 
     def test_local_headers_count_as_the_sender(self, trusting: Product, backend: Backend) -> None:
         """
@@ -149,7 +150,7 @@ class ProxyPromises:
         A spoofed header is not TLS: no backend hears of it.
         """
         options = ("--proxy-protocol-from", "192.0.2.0/24")
-        with router(self.handoff, {NAME: backend.address}, *options) as product:
+        with self.router({NAME: backend.address}, *options) as product:
             for header in HEADERS:
                 with socket.create_connection(product.listen, timeout=PATIENCE) as client:
                     client.sendall(header + HELLO)
@@ -164,11 +165,12 @@ class ProxyPromises:
         """
         The header that a backend asked for comes first: with the client's address, or the told one.
         """
-        options = ("--proxy-protocol-from", "127.0.0.0/8") if told else ()
+        options = ("--proxy-protocol-from", self.origin) if told else ()
+        with self.at_home():
+            listener = socket.create_server((self.home, 0))
         with (
-            socket.create_server(("127.0.0.1", 0)) as listener,
-            router(
-                self.handoff,
+            listener,
+            self.router(
                 {NAME: listener.getsockname()},
                 *options,
                 keys={"proxy-protocol": version},

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import ClassVar, Final
+from typing import Final
 
 import psutil
 import pytest
@@ -30,7 +30,8 @@ from harness.ends import (
     receive_digest,
     reset,
 )
-from harness.loopback import LOOPBACK, Product, router
+from harness.loopback import Product
+from harness.promises import Promises
 from harness.tools import wait_for
 
 ROUNDS: Final = 200
@@ -45,12 +46,10 @@ BLOCK: Final = os.urandom(PIECE)
 SIDES = pytest.mark.parametrize("source", list(Side), ids=["upload", "download"])
 
 
-class TransferPromises:
+class TransferPromises(Promises):
     """
     The promises; a subclass names the hand-off.
     """
-
-    handoff: ClassVar[str]
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -58,7 +57,9 @@ class TransferPromises:
         """
         Listen for the class's connections.
         """
-        with Backend() as backend:
+        with cls.at_home():
+            backend = Backend(cls.home)
+        with backend:
             yield backend
 
     @pytest.fixture(scope="class")
@@ -67,7 +68,7 @@ class TransferPromises:
         """
         Run the product for the class.
         """
-        with router(cls.handoff, {NAME: backend.address}, "--no-access-log") as product:
+        with cls.router({NAME: backend.address}, "--no-access-log") as product:
             yield product
 
     @pytest.fixture(autouse=True)
@@ -243,9 +244,9 @@ class TransferPromises:
         """
         A client of a backend that does not listen gets internal_error, and the end.
         """
-        with socket.create_server((LOOPBACK, 0)) as gone:
+        with self.at_home(), socket.create_server((self.home, 0)) as gone:
             address = gone.getsockname()
-        with router(self.handoff, {NAME: address}) as product:
+        with self.router({NAME: address}) as product:
             before = descriptors(product)
             for _ in range(ROUNDS):
                 with dial(product.listen) as client:
