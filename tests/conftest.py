@@ -8,6 +8,7 @@ import pytest
 pytest.register_assert_rewrite(
     "harness.hello_promises",
     "harness.lossy_promises",
+    "harness.packet_lab",
     "harness.proxy_promises",
     "harness.transfer_promises",
 )

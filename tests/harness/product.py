@@ -80,7 +80,8 @@ class Sniroute:
             err.add_note(self._log.read_text()[-5000:])
             self.kill()
             return
-        self.stop()
+        if self._process.returncode is None:
+            self.stop()
 
     def stop(self) -> None:
         """
