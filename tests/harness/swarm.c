@@ -3,7 +3,7 @@
  * Many quick connections from one address, each from a port of its own:
  *
  *   swarm serve ADDR PORT first|last
- *   swarm ask   ADDR PORT SOURCE FIRST_PORT COUNT AT_ONCE < HELLO
+ *   swarm ask   ADDR PORT SOURCE FIRST_PORT COUNT AT_ONCE close|reset < HELLO
  *
  * The server tells each client the address and port that it sees, and closes before or
  * after the client; it ends when its stdin does.  `ask` sends HELLO, compares what it
@@ -31,6 +31,7 @@ struct conn {
 };
 
 static const int on = 1;
+static const struct linger now = { .l_onoff = 1 };
 
 static void die(const char *what)
 {
@@ -133,6 +134,7 @@ static struct {
 	char hello[8192];
 	ssize_t hello_size;
 	long same, other_port, wrong, failed;
+	int resets;
 	char first_error[200];
 } ask;
 
@@ -225,6 +227,10 @@ static void ask_all(int port, int count, int at_once)
 
 			if (!talk(c))
 				continue;
+			if (ask.resets)
+				setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
+			if (ask.resets)
+				setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
 			close(c->fd);
 			if (port < end)
 				dial(epoll, c, port++);
@@ -243,9 +249,10 @@ int main(int argc, char **argv)
 		serve(address(argv[2], atoi(argv[3])), !strcmp(argv[4], "first"));
 		return 0;
 	}
-	if (argc == 8 && !strcmp(argv[1], "ask") && atoi(argv[7]) <= AT_ONCE_MAX) {
+	if (argc == 9 && !strcmp(argv[1], "ask") && atoi(argv[7]) <= AT_ONCE_MAX) {
 		ask.to = address(argv[2], atoi(argv[3]));
 		ask.from = address(argv[4], 0);
+		ask.resets = !strcmp(argv[8], "reset");
 		ask.hello_size = read(0, ask.hello, sizeof(ask.hello));
 		ask_all(atoi(argv[5]), atoi(argv[6]), atoi(argv[7]));
 		return 0;

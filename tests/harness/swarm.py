@@ -45,11 +45,20 @@ def serving(machine: Here, address: str, port: int, *, closes_first: bool) -> It
             server.stdin.close()
 
 
-def ask(machine: Here, to: tuple[str, int], hello: bytes, source: str, ports: range) -> Tally:
+def ask(
+    machine: Here,
+    to: tuple[str, int],
+    hello: bytes,
+    source: str,
+    ports: range,
+    *,
+    resets: bool = False,
+) -> Tally:
     """
-    Connect from each of *ports* once, and tell how that went.
+    Connect from each of *ports* once, and tell how that went; with *resets*, end with a RST.
     """
-    where = (*map(str, to), source, str(ports.start), str(len(ports)), str(AT_ONCE))
+    end = "reset" if resets else "close"
+    where = (*map(str, to), source, str(ports.start), str(len(ports)), str(AT_ONCE), end)
     done = subprocess.run(
         machine.outside(_program(), "ask", *where),
         input=hello,
