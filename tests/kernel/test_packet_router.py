@@ -1,0 +1,450 @@
+"""
+What becomes of flows when the router, a container, or the operator ends something.
+"""
+
+import json
+import random
+import socket
+import socketserver
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+import pytest
+from harness.ends import (
+    HELLO,
+    PIECE,
+    Sender,
+    ended_by_reset,
+    read_all,
+    read_exactly,
+    receive_digest,
+    reset,
+)
+from harness.lab import CLIENT, FRONT, Container
+from harness.packet_lab import (
+    HANDOFF,
+    VERSIONS,
+    Ends,
+    House,
+    PacketLab,
+    write_routes,
+)
+from harness.product import Sniroute
+from harness.tools import HarnessError, wait_for
+from harness.transfer_promises import BLOCK
+
+ACTIVE = "sniroute_connections_active"
+
+AT_ONCE = 2.0
+"""Seconds in which both ends hear of an end that neither has made."""
+
+
+@pytest.fixture
+def lab() -> Iterator[PacketLab]:
+    """
+    A lab of the test's own.
+    """
+    with PacketLab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    """
+    The product in front of a container.
+    """
+    with PacketLab() as lab, House.running(lab) as house:
+        yield house
+
+
+def exchange(ends: Ends, size: int) -> None:
+    """
+    Send *size* bytes each way at once, and check that they arrive whole.
+    """
+    data = BLOCK[:size]
+    with ThreadPoolExecutor(2) as writers:
+        writing = [writers.submit(end.sendall, data) for end in ends]
+        for end in ends:
+            assert data == read_exactly(end, size)
+        for written in writing:
+            written.result()
+
+
+# --- the router ---
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize("client_ip", ["auto", "nat"])
+def test_flows_need_no_router(client_ip: str, how: str, lab: PacketLab) -> None:
+    """
+    Without the router all goes on; the next one knows the flows, and tells of their ends.
+
+    Also of those that ended while there was none.
+    """
+    with ExitStack() as stack, House.running(lab, client_ip=client_ip) as house:
+        pairs = [stack.enter_context(house.joined(version)) for version in (4, 6) * 4]
+        for ends in pairs:
+            exchange(ends, 1000)
+        clients = sorted(client.getsockname()[:2] for client, _ in pairs)
+        wait_for("all noted", lambda: lab.notes() == len(pairs))
+        (house.sniroute.kill if how == "kill" else house.sniroute.stop)()
+        for ends in pairs:
+            exchange(ends, PIECE)
+        closed, broken, *living = pairs
+        for end in closed:
+            end.close()
+        reset(broken[0])
+
+        assert ended_by_reset(broken[1])
+
+        broken[1].close()
+        with lab.product(routes=write_routes(house.app, client_ip=client_ip)) as next_one:
+            adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
+            for ends in living:
+                exchange(ends, PIECE)
+                ends[0].shutdown(socket.SHUT_WR)
+
+                assert b"" == read_all(ends[1])
+
+                ends[1].close()
+            with house.joined() as ends:
+                exchange(ends, 1000)
+            wait_for("all told of", lambda: len(told(next_one)) == len(pairs) + 1)
+            # without the one that began with this router
+            lines = sorted(told(next_one), key=lambda line: -line["bytes_in"])[: len(pairs)]
+
+    assert len(living) == adopted
+    assert clients == sorted((line["client"], line["client_port"]) for line in lines)
+    assert {(HANDOFF, "app.example.com"), (HANDOFF, "app6.example.com")} == {
+        (line["handoff"], line["route"]) for line in lines
+    }
+    # whose a reset was nobody was there to hear
+    assert Counter(client_fin=len(living) + 1, reset=1) == Counter(x["reason"] for x in lines)
+    assert len(living) == sum(line["bytes_out"] == 1000 + 2 * PIECE for line in lines)
+
+
+def told(sniroute: Sniroute) -> list[dict[str, Any]]:
+    """
+    Read the lines in the log of connections that have ended.
+    """
+    return [line for line in sniroute.log() if line["event"] == "connection"]
+
+
+# --- killed at any instant ---
+
+PLAYERS = 32
+KILLS_SECONDS = 60.0
+INSTANTS = 300
+"""Connections that are to be under way, in whatever state, when a router is killed."""
+
+SPEECH = 48 * 1024
+LASTING = 8 * PIECE
+LASTING_RATE = PIECE
+"""Bytes, and bytes a second, of a connection that lives longer than some routers."""
+
+AT_MOST = 60
+"""Routers that are killed."""
+
+LIVES = (0.05, 0.6)
+"""Seconds that a router lives, at least and at most, once it listens."""
+
+
+class Echo(socketserver.ThreadingTCPServer):
+    """
+    A backend that repeats whatever comes behind the hello.
+    """
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+    def __init__(self, container: Container) -> None:
+        self.strange = 0
+        with container.network():
+            super().__init__((container.address[4], 443), _Repeat)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Repeat(socketserver.BaseRequestHandler):
+    server: Echo
+
+    def handle(self) -> None:
+        self.request.settimeout(HUNG)
+        try:
+            if (hello := read_exactly(self.request, len(HELLO))) != HELLO:
+                # of a connection that was reset in its hello nothing more may come
+                self.server.strange += not HELLO.startswith(hello)
+                return
+            while data := self.request.recv(65536):
+                self.request.sendall(data)
+        except OSError:
+            return
+
+
+HUNG = 25
+"""Seconds after which a connection that neither goes on nor ends is stuck."""
+
+
+class Player:
+    """
+    A thread that has one connection after the other, and tells how they ended.
+    """
+
+    def __init__(self, lab: PacketLab, seed: int) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.under_way = False
+        self._lab = lab
+        self._chance = random.Random(seed)  # noqa: S311 - noise
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> Counter[str]:
+        """
+        Stop after the connection under way.
+        """
+        self._over.set()
+        self._thread.join(2 * HUNG)
+        return self.outcomes
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            outcome = self._play()
+            self.under_way = False
+            self.outcomes[outcome] += 1
+            if outcome == "refused":
+                self._over.wait(0.02)
+
+    def _play(self) -> str:
+        speech, heard = self._chance.randbytes(SPEECH), b""
+        with self._lab.world.network():
+            client = socket.socket()
+        with client:
+            client.settimeout(HUNG)
+            try:
+                client.connect((FRONT[4], 443))
+                self.under_way = True
+                client.sendall(HELLO)
+                for start in range(0, SPEECH, SPEECH // 4):
+                    part = speech[start : start + SPEECH // 4]
+                    client.sendall(part)
+                    heard += (got := read_exactly(client, len(part)))
+                    if len(got) < len(part):
+                        break
+            except ConnectionRefusedError:
+                return "refused"
+            except TimeoutError:
+                return "hung"
+            except OSError:
+                return "reset" if speech.startswith(heard) else "mixed"
+        if heard == speech:
+            return "whole"
+        # closed by a router that had not begun to read
+        return "mixed" if heard else "ended"
+
+
+@contextmanager
+def players(lab: PacketLab) -> Iterator[list[Player]]:
+    """
+    Have connections come and go meanwhile.
+    """
+    playing = [Player(lab, seed) for seed in range(PLAYERS)]
+    try:
+        yield playing
+    finally:
+        for player in playing:
+            player.end()
+
+
+def test_a_router_may_be_killed_at_any_instant(lab: PacketLab) -> None:
+    """
+    Whatever a connection has come to, it goes on or is reset; none hangs, and none is mixed up.
+
+    Those that were handed over go on over all the kills, and arrive whole.
+    """
+    chance, instants = random.Random(7), 0  # noqa: S311 - noise
+    until = time.monotonic() + KILLS_SECONDS
+    lasting: list[tuple[Sender, Future[tuple[int, str]]]] = []
+    app = lab.container(2)
+    routes = write_routes(app)
+    with Echo(app) as echo, players(lab) as playing, ExitStack() as stack:
+        readers = stack.enter_context(ThreadPoolExecutor(AT_MOST))
+        while instants < INSTANTS and time.monotonic() < until and len(lasting) < AT_MOST:
+            sniroute = lab.product(routes=routes)
+            try:
+                with lab.world.network():
+                    client = stack.enter_context(socket.create_connection(lab.front, HUNG))
+                client.sendall(HELLO + b"!")
+
+                assert b"!" == read_exactly(client, 1)
+
+                sender = Sender(client, LASTING, BLOCK, LASTING_RATE)
+                lasting.append((sender, readers.submit(receive_digest, client)))
+                time.sleep(chance.uniform(*LIVES))  # until an instant that nothing chooses
+                instants += sum(player.under_way for player in playing)
+            finally:
+                sniroute.kill()
+        for sender, received in lasting:
+            assert (LASTING, sender.join()) == received.result()
+        strange = echo.strange
+    outcomes = sum((player.outcomes for player in playing), Counter())
+
+    assert 0 == strange
+    assert {"mixed": 0, "hung": 0} == {kind: outcomes[kind] for kind in ("mixed", "hung")}, outcomes
+    assert outcomes["whole"] > 0
+    assert instants >= INSTANTS
+
+
+# --- a container ---
+
+
+@VERSIONS
+def test_a_container_that_is_gone_is_told_of(version: int, lab: PacketLab) -> None:
+    """
+    When a container is no more, and its network with it, its clients hear so at once.
+    """
+    with House.running(lab) as house:
+        house.tell()
+        with house.joined(version) as ends:
+            exchange(ends, 1000)
+            name = ends[0].getsockname()[:2]
+            lab.host.run("ip", "link", "del", "port2")
+            house.tell(alive=False)
+            began = time.monotonic()
+
+            assert ended_by_reset(ends[0])
+            assert time.monotonic() - began < AT_ONCE
+        line = house.line(name)
+
+        assert (HANDOFF, "backend_gone") == (line["handoff"], line["reason"])
+
+
+@VERSIONS
+def test_a_container_that_is_cut_off_is_told_of_its_end(version: int, lab: PacketLab) -> None:
+    """
+    One that its engine has given up, but that can still hear, is reset too.
+    """
+    with House.running(lab) as house:
+        house.tell()
+        with house.joined(version) as ends:
+            exchange(ends, 1000)
+            house.tell(alive=False)
+            began = time.monotonic()
+
+            assert [True, True] == [ended_by_reset(end) for end in ends]
+            assert time.monotonic() - began < AT_ONCE
+
+
+# --- the operator ---
+
+
+def listed(house: House) -> list[dict[str, Any]]:
+    """
+    Ask for the connections under way.
+    """
+    return json.loads(house.sniroute.command("connections", "--json"))
+
+
+@VERSIONS
+def test_connections_are_listed(version: int, house: House) -> None:
+    """
+    A flow is listed with who, whither, by what, and the bytes of each way as they come.
+    """
+    with house.spliced(version) as (client, end):
+        name = client.getsockname()[:2]
+        client.sendall(BLOCK[:1000])
+        read_exactly(end, 1000)
+        end.sendall(BLOCK[:5000])
+        read_exactly(client, 5000)
+        wait_for("one flow", lambda: len(listed(house)) == 1)
+        (one,) = listed(house)
+
+    assert name == (one["client"], one["client_port"])
+    assert (house.app.address[version], 443) == (one["backend_address"], one["backend_port"])
+    assert HANDOFF == one["handoff"]
+    assert house.line(name)["hello_bytes"] + 1000 == one["bytes_in"]
+    assert 5000 == one["bytes_out"]
+    assert 0 <= one["quiet"] < 3
+
+
+@VERSIONS
+@pytest.mark.parametrize("by", ["id", "client", "route"])
+def test_a_flow_is_killed(by: str, version: int, house: House) -> None:
+    """
+    Both ends of a flow that an operator kills are reset at once, and no other flow is.
+    """
+    with house.joined(10 - version) as others, house.joined(version) as ends:
+        name = ends[0].getsockname()[:2]
+        exchange(ends, 1000)
+        (one,) = (c for c in listed(house) if (c["client"], c["client_port"]) == name)
+        which = {
+            "id": (str(one["id"]),),
+            "client": ("--client", CLIENT[version]),
+            "route": ("--route", one["route"]),
+        }
+        house.sniroute.command("kill", *which[by])
+        began = time.monotonic()
+
+        assert [True, True] == [ended_by_reset(end) for end in ends]
+        assert time.monotonic() - began < AT_ONCE
+
+        exchange(others, 1000)
+    line = house.line(name)
+
+    assert (HANDOFF, "killed") == (line["handoff"], line["reason"])
+
+
+def test_an_idle_flow_is_killed(house: House) -> None:
+    """
+    Also where neither end has said anything since the hello.
+    """
+    with house.joined() as ends:
+        wait_for("one flow", lambda: len(listed(house)) == 1)
+        house.sniroute.command("kill", str(listed(house)[0]["id"]))
+
+        assert [True, True] == [ended_by_reset(end) for end in ends]
+
+
+def test_packets_may_be_switched_off(lab: PacketLab) -> None:
+    """
+    Off is for new connections; those under way go on, and with the last one all is taken down.
+    """
+    with House.running(lab) as house:
+        with house.spliced() as ends:
+            house.sniroute.command("packet", "off")
+            with house.joined() as others:
+                name = others[0].getsockname()[:2]
+                exchange(others, 1000)
+            exchange(ends, 1000)
+        off = house.refused(name)
+        house.sniroute.command("packet", "on")
+        with house.spliced() as ends:
+            exchange(ends, 1000)
+        house.sniroute.command("packet", "off")
+        state = wait_for("all taken down", lambda: taken_down(house), timeout=30)
+
+        assert "off" == off
+        assert [] == state["devices"]
+        assert [] == list(lab.bpffs.rglob("ends"))
+        with pytest.raises(HarnessError, match="detached"):
+            house.sniroute.command("packet", "on")
+        with house.joined() as ends:
+            exchange(ends, 1000)
+
+
+def taken_down(house: House) -> dict[str, Any] | None:
+    state = json.loads(house.sniroute.command("packet", "status", "--json"))
+    return state if state["state"] == "detached" else None
