@@ -188,7 +188,7 @@ def status(control: ControlPath = None, *, as_json: Json = False) -> None:
         print(json.dumps(answer, indent=2))
         return
     handoff, connections = answer["handoff"], answer["connections"]
-    client_ip = answer["client_ip"]
+    client_ip, workers = answer["client_ip"], answer["workers"]
     working = "working" if client_ip["working"] else "not working"
     age = "none yet" if answer["table_age"] is None else f"{answer['table_age']:.0f} s old"
     state = "draining" if answer["draining"] else "ready" if answer["ready"] else "not ready"
@@ -202,6 +202,7 @@ def status(control: ControlPath = None, *, as_json: Json = False) -> None:
                 "connections",
                 f"{connections['active']} of {connections['max']}, {connections['total']} ended",
             ),
+            ("workers", f"{workers['running']} of {workers['of']} running"),
             ("controllers", str(answer["controllers"])),
         ]
     )

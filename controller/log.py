@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 from collections import deque
+from collections.abc import MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -45,7 +46,7 @@ class Writer:
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
-        atexit.register(self._finish)
+        atexit.register(self.finish)
 
     def msg(self, line: bytes) -> None:
         """
@@ -76,7 +77,10 @@ class Writer:
                     sys.stderr.buffer.write(b"\n".join((*batch, b"")))
                     sys.stderr.buffer.flush()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """
+        Write what is in the queue, and no more after that.
+        """
         self._ending.set()
         self._bell.set()
         self._thread.join(LAST_LINES)
@@ -95,6 +99,14 @@ def dropped_lines() -> int:
     return sum(writer.dropped for writer in _writers)
 
 
+def finish() -> None:
+    """
+    Wait for the lines in the queue; for a process that ends in another way than by its own.
+    """
+    for writer in _writers:
+        writer.finish()
+
+
 def _writer(*_: Any) -> Writer:
     if not _writers:
         _writers.append(Writer())
@@ -110,9 +122,9 @@ def connection(fields: dict[str, Any]) -> None:
         _writer().msg(orjson.dumps(fields | _line | now, option=orjson.OPT_UTC_Z))
 
 
-def configure(process: str, level: str) -> None:
+def configure(process: str, level: str, **fields: Any) -> None:
     """
-    Send this process's log to standard error; *process* is in every line.
+    Send this process's log to standard error; *process* and *fields* are in every line.
 
     Raises:
         ValueError: *level* is not the name of a level.
@@ -120,9 +132,15 @@ def configure(process: str, level: str) -> None:
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise ValueError(f"log level {level!r}: one of debug, info, warning, error")
+
+    def add_fields(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        # not by context variables, which a thread does not inherit
+        line.update(fields, process=process)
+        return line
+
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            add_fields,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -132,5 +150,4 @@ def configure(process: str, level: str) -> None:
         logger_factory=_writer,
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(process=process)
-    _line.update(process=process, level="info" if number <= logging.INFO else "")
+    _line.update(fields, process=process, level="info" if number <= logging.INFO else "")

@@ -20,6 +20,9 @@ from controller.core import clientip
 LONGEST = 1_000_000
 """Seconds that anything may take, 11 days: epoll counts a wait in 2^31 milliseconds."""
 
+MAX_WORKERS = 16
+"""Two routers, while one replaces the other, share the 32 event rings of the packet hand-off."""
+
 Number = Annotated[
     int, BeforeValidator(lambda value: int(value, 0) if isinstance(value, str) else value)
 ]
@@ -206,11 +209,19 @@ class RouterSettings(CommonSettings):
         description="SO_RCVBUF of both sockets: all that a connection may send ahead of a slow "
         "other side, on top of the backlog.",
     )
+    workers: int = Field(
+        1,
+        ge=1,
+        le=MAX_WORKERS,
+        description="Processes that accept clients and read hellos, each on a processor of its "
+        "own.  One does thousands of new connections a second, and what the kernel moves uses "
+        "every processor anyway.",
+    )
     max_connections: int = Field(
         0,
         ge=0,
         description="Connections at once; further ones wait in the listen queue.  0: what the "
-        "file descriptor limit allows, two for each connection.",
+        "file descriptor limit allows, two for each connection.  Workers share them out evenly.",
     )
     client_ip: ClientIp = Field(
         ClientIp.AUTO,

@@ -18,6 +18,7 @@ The control socket's messages: one JSON object a line, both ways.
     old router -> new      listening  {sockets, owner}                or nack {error}
     new router -> old      switched   {plumbing}                      all new clients are mine
     old router -> new      closed                                     when it listens no more
+    worker 0 -> another    accept | numbers | adopt {half} | leave    answered by one line each
 
 TABLE is `generation, routes, networks, alive`.  `networks` are the subnets of the host's container
 networks.  `alive` has for each source, as backends name it, the sorted addresses of its labelled

@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,22 +27,21 @@ from controller.router.control import Control, listen
 from controller.router.devices import Devices
 from controller.router.flow import Handoff
 from controller.router.listen import bind_listener
+from controller.router.listen import name as socket_name
 from controller.router.loop import Loop
 from controller.router.metrics import serve
 from controller.router.packet import PacketHandoff
 from controller.router.relay import RelayHandoff
 from controller.router.replace import Predecessor, find
-from controller.router.router import Router
+from controller.router.router import OWNERS, Router
 from controller.router.selftest import SelfTestFailed, prove, prove_packet
 from controller.router.sockmap import SockmapHandoff
+from controller.router.workers import NotStarted, WorkerControl, Workers, start_nursery
 from controller.settings import ClientIp, HandoffChoice, RouterSettings
 
 BIND: Final = "NET_BIND_SERVICE"
 
 SO_NETNS_COOKIE: Final = 71
-
-OWNERS: Final = MAX_OWNERS // 2
-"""Owners of flows that one router may have: another half is for the one that replaces it."""
 
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for all that is no connection: listeners, BPF, control, metrics, logs."""
@@ -66,11 +66,22 @@ def main() -> int:
     """
     Run a router as the environment's settings say.
     """
+    return _run(_start)
+
+
+def _start() -> None:
+    settings = RouterSettings()
+    log.configure("router", settings.log_level)
+    _serve(settings)
+
+
+def _run(task: Callable[[], None]) -> int:
+    """
+    Do *task*, and say why if it is not possible; the exit status.
+    """
     try:
-        settings = RouterSettings()
-        log.configure("router", settings.log_level)
-        _serve(settings)
-    except (NotPossible, OSError, ValueError, ValidationError) as err:
+        task()
+    except (NotPossible, NotStarted, OSError, ValueError, ValidationError) as err:
         # an OSError's own text begins with its number; one write, since the log writes here too
         sys.stderr.write(f"sniroute router: {getattr(err, 'strerror', None) or err}\n")
         return 1
@@ -81,22 +92,29 @@ def _serve(settings: RouterSettings) -> None:
     needed = CAPABILITIES if privilege.holds(CAPABILITIES) else (*CAPABILITIES, STAND_IN)
     capabilities = privilege.drop_to((*needed, BIND))
     sys.setswitchinterval(TURN)
-    loop = Loop()
-    if lib.hello_init():
-        raise NotPossible("OpenSSL does not start")
-    router = Router(settings, loop, _max_connections(settings))
+    shares = _shares(settings)
     predecessor = _predecessor(settings)
     replacing = predecessor is not None
     beside = predecessor.sockets if predecessor is not None else ()
+    # none of those that the old router has, which is still at work
+    owner = 0 if predecessor is None else (predecessor.owner + OWNERS) % MAX_OWNERS
     # first: who has the name has the place, and with it the pins
     place = listen(settings.control, replacing=replacing)
-    listeners = [bind_listener(a, settings.receive_buffer, beside) for a in settings.listen]
-    splice, refusal = _load(settings.handoff, capabilities)
-    packet, no_packet = _load_packet(settings, predecessor)
-    # loaded and bound: joining sockets needs no privilege, only a client's address does
-    off = settings.client_ip == ClientIp.OFF
-    privilege.drop_to(() if off and packet is None else ("NET_ADMIN",))
-    _choose(router, splice, refusal, packet, no_packet)
+    groups = _bind(settings, beside)
+
+    def work(worker: int, link: socket.socket) -> int:
+        place.close()
+        if predecessor is not None:
+            predecessor.forget()
+        log.configure("router", settings.log_level, worker=worker)
+        make = partial(_make, settings, capabilities, shares[worker], worker, owner + worker)
+        status = _run(partial(_work, make, groups[worker], link, replacing=replacing))
+        log.finish()
+        return status
+
+    # before there is a thread
+    reports = start_nursery(settings.workers - 1, work) if settings.workers > 1 else None
+    router = _make(settings, capabilities, shares[0], 0, owner)
     name = version("sniroute")
     control = Control(router, place, settings.control, name, replacing=replacing)
     if predecessor is not None and predecessor.table.generation:
@@ -106,35 +124,132 @@ def _serve(settings: RouterSettings) -> None:
     _drain_on_signal(router)
     try:
         router.start()
-        if predecessor is not None:
-            control.take_over()
-        if error := lib.confine():
-            logger.warning("not confined", error=os.strerror(-error))
-        if predecessor is None:
-            # whoever ran before in this place has ended
-            router.adopt(lambda _: True)
-        router.listen(listeners)
-        if predecessor is not None:
-            half = predecessor.owner // OWNERS
-            adopt = partial(loop.ask, lambda: router.adopt(lambda owner: owner // OWNERS == half))
-            sockets = [*listeners, *([control.metrics.socket] if control.metrics else [])]
-            predecessor.switch(sockets, router.transparency.plumbed, control.settle, adopt)
+        control.workers = workers = Workers(control, router, groups[1:])
+        if reports is not None:
+            workers.start(reports)
+        _open(router, control, workers, groups[0], predecessor)
         logger.info(
             "router ready",
             version=name,
             listen=settings.listen,
             handoff=router.ladder[0].name,
             reason=router.ladder_reason,
-            max_connections=router.max_connections,
+            workers=settings.workers,
+            max_connections=sum(shares),
             capabilities=sorted(capabilities),
         )
-        gc.freeze()
-        gc.set_threshold(YOUNG)
-        loop.run()
+        _go(router)
     finally:
         router.stop()
         control.close()
     logger.info("router stopped")
+
+
+def _open(
+    router: Router,
+    control: Control,
+    workers: Workers,
+    listeners: Sequence[socket.socket],
+    predecessor: Predecessor | None,
+) -> None:
+    """
+    Let the clients in, those of *predecessor* too.
+    """
+    if predecessor is not None:
+        control.take_over()
+    _confine()
+    if predecessor is None:
+        # whoever ran before in this place has ended
+        router.adopt(lambda _: True)
+    router.listen(listeners, workers.listeners)
+    workers.serve()
+    if predecessor is not None:
+        adopt = partial(control.adopt, predecessor.owner // OWNERS)
+        sockets = [*router.held, *([control.metrics.socket] if control.metrics else [])]
+        predecessor.switch(sockets, router.transparency.plumbed, control.settle, adopt)
+
+
+def _make(
+    settings: RouterSettings,
+    capabilities: frozenset[str],
+    max_connections: int,
+    worker: int,
+    owner: int,
+) -> Router:
+    """
+    Make one worker's router with its ladder, and give up what only that took.
+    """
+    loop = Loop()
+    if lib.hello_init():
+        raise NotPossible("OpenSSL does not start")
+    router = Router(settings, loop, max_connections, worker)
+    splice, refusal = _load(settings.handoff, capabilities)
+    packet, no_packet = _load_packet(settings, owner)
+    # loaded and bound: joining sockets needs no privilege, only a client's address does
+    off = settings.client_ip == ClientIp.OFF
+    privilege.drop_to(() if off and packet is None else ("NET_ADMIN",))
+    _choose(router, splice, refusal, packet, no_packet)
+    return router
+
+
+def _work(
+    make: Callable[[], Router],
+    listeners: Sequence[socket.socket],
+    link: socket.socket,
+    *,
+    replacing: bool,
+) -> None:
+    """
+    Be a further worker, until worker 0 has it drain.
+    """
+    # not before worker 0 has made its own, and what is pinned with it
+    select.select([link], [], [])
+    router = make()
+    control = WorkerControl(router, version("sniroute"), listeners)
+    try:
+        router.transparency.start()
+        _confine()
+        if not replacing:
+            router.adopt(lambda _: True)
+        control.attend(link)
+        _go(router)
+    finally:
+        # it is worker 0's to take away
+        router.transparency.leave()
+        control.close()
+
+
+def _go(router: Router) -> None:
+    """
+    Serve until the end; of several workers each on a processor of its own.
+    """
+    if router.settings.workers > 1:
+        processors = sorted(os.sched_getaffinity(0))
+        # only the loop's thread: the others have little to do, and may do it anywhere
+        os.sched_setaffinity(0, {processors[router.worker % len(processors)]})
+    gc.freeze()
+    gc.set_threshold(YOUNG)
+    router.loop.run()
+
+
+def _confine() -> None:
+    if error := lib.confine():
+        logger.warning("not confined", error=os.strerror(-error))
+
+
+def _bind(settings: RouterSettings, beside: Collection[str]) -> list[list[socket.socket]]:
+    """
+    Bind each worker's sockets to the addresses to listen on.
+    """
+    first = [bind_listener(a, settings.receive_buffer, beside) for a in settings.listen]
+    ours = {socket_name(listener) for listener in first}
+    return [
+        first,
+        *(
+            [bind_listener(a, settings.receive_buffer, ours) for a in settings.listen]
+            for _ in range(1, settings.workers)
+        ),
+    ]
 
 
 def _predecessor(settings: RouterSettings) -> Predecessor | None:
@@ -150,15 +265,27 @@ def _predecessor(settings: RouterSettings) -> Predecessor | None:
         raise NotPossible(f"router at {settings.control} not replaced: {reason}") from None
 
 
-def _max_connections(settings: RouterSettings) -> int:
+def _shares(settings: RouterSettings) -> list[int]:
+    """
+    Share out the connections that are allowed, to each worker its own.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    possible = (hard - SPARE_DESCRIPTORS) // 2
-    if settings.max_connections > possible:
+    workers = settings.workers
+    # worker 0 has the listeners of all
+    spare = SPARE_DESCRIPTORS + (workers - 1) * (len(settings.listen) + 1)
+    possible = (hard - spare) // 2
+    if settings.max_connections > possible * workers:
         raise NotPossible(
-            f"max-connections {settings.max_connections}: the descriptor limit allows {possible}"
+            f"max-connections {settings.max_connections}: "
+            f"the descriptor limit allows {possible * workers}"
         )
-    return settings.max_connections or possible
+    if 0 < settings.max_connections < workers:
+        raise NotPossible(
+            f"max-connections {settings.max_connections}: fewer than the {workers} workers"
+        )
+    total = settings.max_connections or possible * workers
+    return [(total + worker) // workers for worker in range(workers)]
 
 
 def _load(choice: HandoffChoice, capabilities: frozenset[str]) -> tuple[Splice | None, str]:
@@ -179,14 +306,10 @@ def _load(choice: HandoffChoice, capabilities: frozenset[str]) -> tuple[Splice |
         return None, reason
 
 
-def _load_packet(
-    settings: RouterSettings, predecessor: Predecessor | None
-) -> tuple[Packet | None, str]:
+def _load_packet(settings: RouterSettings, owner: int) -> tuple[Packet | None, str]:
     if settings.handoff not in (HandoffChoice.AUTO, HandoffChoice.PACKET):
         return None, "not asked for"
     try:
-        # none of those that the old router has, which is still at work
-        owner = 0 if predecessor is None else (predecessor.owner + OWNERS) % MAX_OWNERS
         return Packet(_instance(settings), owner), ""
     except KernelError as err:
         note = "\n".join(getattr(err, "__notes__", ()))
@@ -229,9 +352,11 @@ def _choose(
         handoff = PacketHandoff(loop, packet, settings.connect_timeout, settings.packet_idle)
         try:
             prove_packet(loop, handoff)
-            router.devices = Devices(packet.follow)
+            if not router.worker:
+                router.devices = Devices(packet.follow)
+                handoff.on_drained = router.devices.stop
             handoff.on_freed = router.freed
-            handoff.on_drained = router.devices.stop
+            handoff.keeps_pins = not router.worker
             router.packet = handoff
             ladder.insert(0, handoff)
         except (SelfTestFailed, OSError) as err:

@@ -8,7 +8,9 @@ Rules of this file:
    with a nack, or ends that peer's connection; the table stays.
 3. The name of the socket goes with the place: a router that replaces another takes it over, and one
    removes it at its end only if it still is its own.
-4. Each peer has a thread, where its messages are read and its answers written: a large table takes
+4. Where there are several workers, this is worker 0's, which speaks for all: what concerns them is
+   passed on, and what they answer is added up.
+5. Each peer has a thread, where its messages are read and its answers written: a large table takes
    seconds.  What they change is changed in the loop.
 """
 
@@ -23,8 +25,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from http.server import ThreadingHTTPServer
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
@@ -34,8 +37,12 @@ from controller.core.routes import RouteTable
 from controller.core.session import Side
 from controller.router.connection import Connection
 from controller.router.listen import name
+from controller.router.numbers import Numbers, read_numbers
 from controller.router.router import ACCEPT_PAUSE, Router
 from controller.settings import RUN
+
+if TYPE_CHECKING:
+    from controller.router.workers import Workers
 
 READ_SIZE: Final = 1024 * 1024
 
@@ -65,14 +72,14 @@ class Control:
     def __init__(
         self,
         router: Router,
-        listener: socket.socket,
+        listener: socket.socket | None,
         path: Path,
         version: str,
         *,
         replacing: bool = False,
     ) -> None:
         """
-        Serve *listener*, which `listen` made for *path*.
+        Serve *listener*, if any, which `listen` made for *path*.
 
         If this router is *replacing* another, it is beside that one's until `take_over`.
         """
@@ -81,8 +88,8 @@ class Control:
         self._path = path
         self._version = version
         self._peers: set[Peer] = set()
-        self._one_table = threading.Lock()
-        self._closed = False
+        self.one_table = threading.Lock()
+        self._closed = listener is None
         self._answers: dict[str, Callable[[Peer, wire.Message], wire.Message | None]] = {
             "hello": self._hello,
             "table": self._table,
@@ -99,11 +106,13 @@ class Control:
         self.report: wire.Message = NO_REPORT
         self.replacing = replacing
         self.metrics: ThreadingHTTPServer | None = None
+        self.workers: Workers | None = None
         self._successor: Peer | None = None
-        self._name = Path(listener.getsockname())
-        self._socket = listener
-        self._inode = self._name.stat().st_ino
-        threading.Thread(target=self._accept, name="control", daemon=True).start()
+        if listener is not None:
+            self._socket = listener
+            self._name = Path(listener.getsockname())
+            self._inode = self._name.stat().st_ino
+            threading.Thread(target=self._accept, name="control", daemon=True).start()
 
     @property
     def controllers(self) -> int:
@@ -128,21 +137,21 @@ class Control:
         """
         Stop listening, and remove the socket's name.
         """
-        self._stop_listening()
-        with contextlib.suppress(FileNotFoundError):
-            # it may be another router's by now
-            if self._name.stat().st_ino == self._inode:
-                self._name.unlink()
+        if not self._closed:
+            self._stop_listening()
+            with contextlib.suppress(FileNotFoundError):
+                # it may be another router's by now
+                if self._name.stat().st_ino == self._inode:
+                    self._name.unlink()
         until = time.monotonic() + LAST_ANSWERS
         for peer in tuple(self._peers):
             peer.leave(until)
 
     def _stop_listening(self) -> None:
-        if not self._closed:
-            self._closed = True
-            # the one wakes who waits in accept, the other does not
-            self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket.close()
+        self._closed = True
+        # the one wakes who waits in accept, the other does not
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
 
     def _accept(self) -> None:
         # capabilities are a thread's, and this one passes its own on to its peers' threads
@@ -197,7 +206,7 @@ class Control:
         if message.get("version") != wire.VERSION:
             raise wire.WireError(f"version {message.get('version')!r}, not {wire.VERSION}")
         # whoever says hello hears of a table that is on its way, and comes after it
-        with self._one_table:
+        with self.one_table:
             return {
                 "type": "hello",
                 "version": wire.VERSION,
@@ -207,7 +216,7 @@ class Control:
 
     def _table(self, peer: "Peer", message: wire.Message) -> wire.Message:
         peer.controller = True
-        with self._one_table:
+        with self.one_table:
             try:
                 table = wire.read_table(message)
             except wire.WireError as err:
@@ -215,6 +224,9 @@ class Control:
                 generation = message.get("generation")
                 return {"type": "nack", "generation": generation, "error": str(err)}
             self.loop.ask(partial(self._take, table))
+            for answer in self._ask_workers(message):
+                if answer["type"] != "ack":
+                    log.error("table refused by a worker", error=answer.get("error"))
         return {"type": "ack", "generation": table.generation}
 
     def _report(self, peer: "Peer", message: wire.Message) -> None:
@@ -222,7 +234,14 @@ class Control:
         self.report = wire.read_report(message)
 
     def _status(self, *_: object) -> wire.Message:
-        return {"type": "status", **self.loop.ask(self.status)}
+        status, numbers = self.loop.ask(self.status), self.numbers()
+        active = numbers.counts["active"].total() + numbers.counts["pending"].total()
+        status["connections"] = {
+            "active": active,
+            "total": numbers.counts["connections"].total(),
+            "max": numbers.counts["max_connections"].total(),
+        }
+        return {"type": "status", **status}
 
     def _routes(self, *_: object) -> wire.Message:
         return {"type": "routes", "routes": wire.dump_routes(self._router.table.routes)}
@@ -237,7 +256,13 @@ class Control:
         first = bisect_right(ids, after)
         page = ids[first : first + wire.PAGE]
         rows = [row for ids in _handfuls(page) for row in self.loop.ask(partial(self._tell, ids))]
-        return {"type": "connections", "connections": rows, "more": first + wire.PAGE < len(ids)}
+        more = first + wire.PAGE < len(ids)
+        for answer in self._ask_workers(message):
+            rows += answer["connections"]
+            more = more or answer["more"]
+        rows.sort(key=itemgetter("id"))
+        more = more or len(rows) > wire.PAGE
+        return {"type": "connections", "connections": rows[: wire.PAGE], "more": more}
 
     def _tell(self, ids: Iterable[int]) -> list[wire.Message]:
         under_way = self._router.connections
@@ -246,15 +271,20 @@ class Control:
     def _kill(self, _: "Peer", message: wire.Message) -> wire.Message:
         handfuls = _handfuls(wire.read_kill(message))
         killed = [i for ids in handfuls for i in self.loop.ask(partial(self._router.kill, ids))]
+        for answer in self._ask_workers(message):
+            killed += answer["killed"]
         log.info("killed", connections=len(killed))
         return {"type": "kill", "killed": killed}
 
     def _packet(self, _: "Peer", message: wire.Message) -> wire.Message:
         state = wire.read_packet(message)
         try:
-            return {"type": "packet", "packet": self.loop.ask(partial(self._switch_packet, state))}
+            packet = self.loop.ask(partial(self._switch_packet, state))
         except ValueError as err:
             return {"type": "packet", "error": str(err)}
+        for answer in self._ask_workers(message):
+            packet["flows"] += answer.get("packet", {"flows": 0})["flows"]
+        return {"type": "packet", "packet": packet}
 
     def _switch_packet(self, state: wire.PacketState) -> dict[str, Any]:
         packet = self._router.packet
@@ -273,7 +303,9 @@ class Control:
     def _take(self, table: RouteTable) -> None:
         self._router.replace_table(table)
         self._router.stats.table_updates["ack"] += 1
-        log.info("table", generation=table.generation, routes=len(table.routes))
+        # one line for all workers
+        say = log.debug if self._router.worker else log.info
+        say("table", generation=table.generation, routes=len(table.routes))
 
     def _replace(self, peer: "Peer", _: wire.Message) -> wire.Message:
         """
@@ -284,7 +316,7 @@ class Control:
             busy = "takes another's place" if self.replacing else "is being replaced"
             return {"type": "nack", "error": f"it {busy} right now: try again in a few seconds"}
         self._successor = peer
-        listeners = [*self._router.listeners, *([self.metrics.socket] if self.metrics else [])]
+        listeners = [*self._router.held, *([self.metrics.socket] if self.metrics else [])]
         packet = self._router.packet
         owner = packet.packet.owner if packet is not None else 0
         return {"type": "listening", "sockets": Counter(map(name, listeners)), "owner": owner}
@@ -303,6 +335,7 @@ class Control:
             other.leave(0)
         if plumbing:
             self._router.transparency.leave()
+            self._ask_workers({"type": "leave"})
         if self._router.packet is not None:
             self._router.packet.leave()
         linger = max(self._router.settings.hello_timeout, HANDSHAKE)
@@ -313,15 +346,44 @@ class Control:
             self.metrics.server_close()
         return {"type": "closed"}
 
+    @property
+    def running_workers(self) -> int:
+        """
+        How many workers run beside this one.
+        """
+        return self.workers.running if self.workers is not None else 0
+
+    def _ask_workers(self, message: wire.Message) -> list[wire.Message]:
+        return self.workers.ask(message) if self.workers is not None else []
+
+    def adopt(self, half: int) -> None:
+        """
+        Take over, with all workers, the flows of a router that was replaced.
+        """
+        self.loop.ask(partial(self._router.adopt_half, half))
+        self._ask_workers({"type": "adopt", "half": half})
+
+    def numbers(self, patience: float | None = None) -> Numbers:
+        """
+        Add up what all workers count.
+
+        Raises:
+            TimeoutError: the loop does not answer within *patience* seconds.
+        """
+        numbers = Numbers()
+        numbers.add(self.loop.ask(partial(read_numbers, self._router), patience))
+        if self.workers is not None:
+            numbers.add(self.workers.numbers())
+        return numbers
+
     def status(self) -> dict[str, Any]:
         """
         Tell how the router is; to be called in its loop.
         """
         router = self._router
-        total = sum(router.stats.connections.values())
         return {
             "version": self._version,
-            "ready": router.table.generation > 0 and not router.draining,
+            "ready": router.is_ready,
             "draining": router.draining,
             "generation": router.table.generation,
             "routes": len(router.table.routes),
@@ -334,11 +396,7 @@ class Control:
                 "working": router.transparency.working,
                 "reason": router.transparency.reason,
             },
-            "connections": {
-                "active": len(router.connections),
-                "total": total,
-                "max": router.max_connections,
-            },
+            "workers": {"running": 1 + self.running_workers, "of": router.settings.workers},
             "controllers": self.controllers,
             "engines": self.report["engines"],
             "problems": self.report["problems"],

@@ -21,9 +21,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from controller.log import dropped_lines
 from controller.router.control import Control
 from controller.router.listen import bind
+from controller.router.numbers import Numbers
 from controller.router.router import ACCEPT_PAUSE, Router
 
 CLIENT_PATIENCE: Final = 10.0
@@ -50,11 +50,26 @@ class RouterCollector(Collector):
         """
         Read everything, now.
         """
-        yield from self._about_router()
-        yield from self._about_connections()
+        numbers = self._control.numbers(LOOP_PATIENCE)
+        yield from self._about_router(numbers)
+        yield from self._about_workers()
+        yield from _about_connections(numbers)
         yield from self._about_controller()
 
-    def _about_router(self) -> Iterator[Metric]:
+    def _about_workers(self) -> Iterator[Metric]:
+        workers = self._control.workers
+        yield GaugeMetricFamily(
+            "sniroute_workers",
+            "Workers that run.",
+            value=1 + self._control.running_workers,
+        )
+        yield CounterMetricFamily(
+            "sniroute_worker_ends",
+            "Workers that ended unasked, and were started again.",
+            value=workers.ends if workers is not None else 0,
+        )
+
+    def _about_router(self, numbers: Numbers) -> Iterator[Metric]:
         router = self._router
         build = {"version": self._version, "kernel": platform.release()}
         yield InfoMetricFamily("sniroute_build", "What runs here.", value=build)
@@ -73,7 +88,7 @@ class RouterCollector(Collector):
         yield GaugeMetricFamily(
             "sniroute_max_connections",
             "Connections allowed at once.",
-            value=router.max_connections,
+            value=numbers.counts["max_connections"].total(),
         )
         yield GaugeMetricFamily(
             "sniroute_table_generation",
@@ -98,91 +113,13 @@ class RouterCollector(Collector):
         yield CounterMetricFamily(
             "sniroute_internal_errors",
             "Faults of the router's own, each of which cost at most one connection.",
-            value=router.loop.faults,
+            value=numbers.counts["faults"].total(),
         )
         yield CounterMetricFamily(
             "sniroute_log_lines_dropped",
             "Lines of the log that found its queue full, since nobody read it.",
-            value=dropped_lines(),
+            value=numbers.counts["dropped_lines"].total(),
         )
-
-    def _about_connections(self) -> Iterator[Metric]:
-        router, stats = self._router, self._router.stats
-        yield _counter(
-            "sniroute_connections",
-            "Connections that have ended, by what became of them.",
-            ["route", "result"],
-            stats.connections,
-        )
-        yield _counter(
-            "sniroute_connection_ends",
-            "Ends of connections that were handed over, by who or what ended them.",
-            ["reason"],
-            stats.reasons,
-        )
-        # in the loop no connection ends meanwhile, to be counted twice or not at all
-        traffic = router.loop.ask(router.traffic, LOOP_PATIENCE)
-        yield _gauge(
-            "sniroute_connections_active",
-            "Connections handed over and not ended.",
-            ["route", "handoff"],
-            traffic.active,
-        )
-        yield GaugeMetricFamily(
-            "sniroute_connections_pending",
-            "Connections that wait for their hello, their backend or their end.",
-            value=traffic.pending,
-        )
-        yield _counter(
-            "sniroute_forward_bytes",
-            "Bytes moved from clients (in) and from backends (out).",
-            ["route", "direction", "handoff"],
-            traffic.moved,
-        )
-        yield _counter(
-            "sniroute_backend_connect_errors",
-            "Backends that did not accept.",
-            ["route", "error"],
-            stats.connect_errors,
-        )
-        yield _counter(
-            "sniroute_backend_connects",
-            "Backends that accepted, by whose address they see, and why if not the client's.",
-            ["client_ip", "reason"],
-            router.transparency.connects,
-        )
-        yield _counter(
-            "sniroute_handoff_refusals",
-            "Connections that a hand-off left to the next one.",
-            ["handoff", "reason"],
-            stats.handoff_refusals,
-        )
-        yield _counter(
-            "sniroute_accept_pauses",
-            "Times that accepting paused, for want of descriptors, memory or connections.",
-            ["reason"],
-            stats.accept_errors,
-        )
-        yield HistogramMetricFamily(
-            "sniroute_client_hello_size_bytes",
-            "Bytes received when the hello was complete, or refused.",
-            buckets=stats.hello_size.buckets(),
-            sum_value=stats.hello_size.sum,
-        )
-        yield HistogramMetricFamily(
-            "sniroute_client_hello_duration_seconds",
-            "Time from accept to the complete hello.",
-            buckets=stats.hello_seconds.buckets(),
-            sum_value=stats.hello_seconds.sum,
-        )
-        connects = HistogramMetricFamily(
-            "sniroute_backend_connect_duration_seconds",
-            "Time until a backend accepted.",
-            labels=["route"],
-        )
-        for route, histogram in tuple(stats.connect_seconds.items()):
-            connects.add_metric([route], histogram.buckets(), histogram.sum)
-        yield connects
 
     def _about_controller(self) -> Iterator[Metric]:
         control = self._control
@@ -227,6 +164,84 @@ class RouterCollector(Collector):
             ["code", "severity"],
             problems,
         )
+
+
+def _about_connections(numbers: Numbers) -> Iterator[Metric]:
+    counts = numbers.counts
+    yield _counter(
+        "sniroute_connections",
+        "Connections that have ended, by what became of them.",
+        ["route", "result"],
+        counts["connections"],
+    )
+    yield _counter(
+        "sniroute_connection_ends",
+        "Ends of connections that were handed over, by who or what ended them.",
+        ["reason"],
+        counts["ends"],
+    )
+    yield _gauge(
+        "sniroute_connections_active",
+        "Connections handed over and not ended.",
+        ["route", "handoff"],
+        counts["active"],
+    )
+    yield GaugeMetricFamily(
+        "sniroute_connections_pending",
+        "Connections that wait for their hello, their backend or their end.",
+        value=counts["pending"].total(),
+    )
+    yield _counter(
+        "sniroute_forward_bytes",
+        "Bytes moved from clients (in) and from backends (out).",
+        ["route", "direction", "handoff"],
+        counts["bytes"],
+    )
+    yield _counter(
+        "sniroute_backend_connect_errors",
+        "Backends that did not accept.",
+        ["route", "error"],
+        counts["connect_errors"],
+    )
+    yield _counter(
+        "sniroute_backend_connects",
+        "Backends that accepted, by whose address they see, and why if not the client's.",
+        ["client_ip", "reason"],
+        counts["connects"],
+    )
+    yield _counter(
+        "sniroute_handoff_refusals",
+        "Connections that a hand-off left to the next one.",
+        ["handoff", "reason"],
+        counts["refusals"],
+    )
+    yield _counter(
+        "sniroute_accept_pauses",
+        "Times that accepting paused, for want of descriptors, memory or connections.",
+        ["reason"],
+        counts["pauses"],
+    )
+    size, seconds = (numbers.histograms[name][""] for name in ("hello_size", "hello_seconds"))
+    yield HistogramMetricFamily(
+        "sniroute_client_hello_size_bytes",
+        "Bytes received when the hello was complete, or refused.",
+        buckets=size.buckets(),
+        sum_value=size.sum,
+    )
+    yield HistogramMetricFamily(
+        "sniroute_client_hello_duration_seconds",
+        "Time from accept to the complete hello.",
+        buckets=seconds.buckets(),
+        sum_value=seconds.sum,
+    )
+    connects = HistogramMetricFamily(
+        "sniroute_backend_connect_duration_seconds",
+        "Time until a backend accepted.",
+        labels=["route"],
+    )
+    for route, histogram in numbers.histograms["connect_seconds"].items():
+        connects.add_metric([route], histogram.buckets(), histogram.sum)
+    yield connects
 
 
 def _add(family: Any, counts: Any) -> Metric:
@@ -315,7 +330,7 @@ def serve(
                 else:
                     self._answer(200, CONTENT_TYPE_LATEST, page)
             elif self.path == "/healthz":
-                ready = router.table.generation > 0 and not router.draining
+                ready = router.is_ready
                 text = b"ready\n" if ready else b"not ready: no routing table, or draining\n"
                 self._answer(200 if ready else 503, "text/plain; charset=utf-8", text)
             else:

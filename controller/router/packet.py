@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import structlog
 
 from bpfprog import MAX_FLOWS, QUARANTINE, Declined, Event, Kind, Packet, State, silence
-from bpfprog.packet import OVER
+from bpfprog.packet import LIVE, OVER
 from controller.core.packets import Endpoint, packet_too_big, tcp_reset
 from controller.core.session import Side
 from controller.router._native import ffi, lib
@@ -82,6 +82,7 @@ class PacketHandoff:
         self.is_on = True
         self.without_sockets = 0
         self.detached = False
+        self.keeps_pins = True
         self._is_left = False
         self.on_freed: Callable[[], None] = lambda: None
         self.on_drained: Callable[[], None] = lambda: None
@@ -228,10 +229,12 @@ class PacketHandoff:
         """
         Leave nothing behind; but if there are flows, all: they go on, for the next router.
         """
-        if self._is_left or self.detached:
+        if self._is_left or not self.keeps_pins:
             return
-        if self.flows:
-            log.info("flows left", flows=len(self.flows))
+        # those of other workers, which have ended, too
+        flows = sum(self.packet.flow(number).state in LIVE for number in self.packet.numbers())
+        if flows:
+            log.info("flows left", flows=flows)
         else:
             self.packet.unpin()
 
@@ -278,7 +281,7 @@ class PacketHandoff:
             if isinstance(lasting, PacketFlow) and not lasting.session.over:
                 self.packet.note(lasting.number, connection.note())
         self._reap(QUARANTINE)
-        if not self.is_on and not self.flows and not self._over and not self.detached:
+        if not self.is_on and not self.detached and self.keeps_pins and not self.packet.numbers():
             self.detached = True
             self.on_drained()
             self.packet.unpin()

@@ -56,6 +56,12 @@ class Predecessor:
             self._ask({"type": "hello", "version": wire.VERSION})
         )
 
+    def forget(self) -> None:
+        """
+        Leave it to another process, which this one was forked off.
+        """
+        self._socket.close()
+
     def switch(
         self,
         listeners: Sequence[socket.socket],

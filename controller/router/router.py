@@ -2,6 +2,7 @@
 What the connections of one router share: the table, the ladder of hand-offs, the counts.
 """
 
+import contextlib
 import errno
 import gc
 import itertools
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import structlog
 
-from bpfprog import MAX_CONNECTIONS
+from bpfprog import MAX_CONNECTIONS, MAX_OWNERS
 from controller.core.routes import HANDOFFS, Backend, Route, RouteTable
 from controller.core.session import Side
 from controller.log import connection as write_line
@@ -39,6 +40,12 @@ ACCEPT_BATCH: Final = 64
 
 PACKET_TOO: Final = HANDOFFS[: HANDOFFS.index("packet") + 1]
 """What a backend may ask for that allows the packet hand-off."""
+
+OWNERS: Final = MAX_OWNERS // 2
+"""Owners of flows that one router may have: another half is for the one that replaces it."""
+
+LAST_OTHERS: Final = 2.0
+"""Seconds that worker 0 waits for the others at the end of a drain, when they cut theirs too."""
 
 ACCEPT_PAUSE: Final = 0.1
 """Seconds without accepting when the kernel has no descriptor or memory left for it."""
@@ -79,9 +86,13 @@ class Router:
     One router: its loop, and everything that happens in it.
     """
 
-    def __init__(self, settings: RouterSettings, loop: Loop, max_connections: int) -> None:
+    def __init__(
+        self, settings: RouterSettings, loop: Loop, max_connections: int, worker: int = 0
+    ) -> None:
         self.settings = settings
         self.loop = loop
+        self.worker = worker
+        self.others: set[int] = set()
         self.max_connections = min(max_connections, MAX_CONNECTIONS)
         self.table = RouteTable(0, ())
         self.table_since = 0.0
@@ -92,7 +103,8 @@ class Router:
         self.devices: Devices | None = None
         self.transparency = Transparency(settings)
         self.stats = Stats()
-        self.ids = itertools.count(1)
+        # no two workers' connections have one id
+        self.ids = itertools.count(worker or settings.workers, settings.workers)
         self.connections: dict[int, Connection] = {}  # in the order of their ids
         self.arrival: Any = ffi.new("struct arrival *")
         self.reading: Any = ffi.new("struct reading *")
@@ -110,6 +122,7 @@ class Router:
         self.trusts = _membership(settings.proxy_protocol_from)
         self.draining = False
         self.listeners: list[socket.socket] = []
+        self.held: list[socket.socket] = []
         self.closed = threading.Event()
         self._accepting = False
         self._turns: dict[str, int] = {}
@@ -134,14 +147,53 @@ class Router:
 
     # --- accepting ---
 
-    def listen(self, listeners: list[socket.socket]) -> None:
+    def listen(
+        self, listeners: Iterable[socket.socket], others: Iterable[socket.socket] = ()
+    ) -> None:
         """
-        Begin to listen and to accept.
+        Begin to listen, and to accept from *listeners*; *others* are other workers' to accept from.
         """
-        self.listeners = listeners
-        for listener in listeners:
+        mine = [*listeners]
+        for listener in (*mine, *others):
             listener.listen(QUEUE)
+        self.serve(mine, others)
+
+    def serve(
+        self, listeners: Iterable[socket.socket], others: Iterable[socket.socket] = ()
+    ) -> None:
+        """
+        Begin to accept from *listeners*, which listen, as do *others*, which are to be held.
+        """
+        self.held = [*listeners, *others]
+        self._accept_from([*listeners])
+
+    def stand_in(self, worker: int, listeners: Sequence[socket.socket]) -> None:
+        """
+        Accept for another *worker*, which has ended.
+        """
+        self.others.discard(worker)
+        if self.held:
+            self._accept_from([*self.listeners, *listeners])
+        self._stop_if_idle()
+
+    def stand_down(self, worker: int, listeners: Sequence[socket.socket]) -> None:
+        """
+        Leave it to another *worker*, which is back.
+        """
+        self.others.add(worker)
+        self._accept_from([mine for mine in self.listeners if mine not in listeners])
+
+    def _accept_from(self, listeners: list[socket.socket]) -> None:
+        self._pause()
+        self.listeners = listeners
         self._resume()
+
+    @property
+    def is_ready(self) -> bool:
+        """
+        Whether clients are welcome, and can be routed.
+        """
+        return self.table.generation > 0 and bool(self.held) and not self.draining
 
     @property
     def holding(self) -> int:
@@ -158,7 +210,10 @@ class Router:
 
     def _on_listener(self, listener: int) -> None:
         error = accept(self, listener)
-        if error:
+        if error == errno.EINVAL:
+            # worker 0 has ended the listening, and is about to say so
+            self._pause()
+        elif error:
             self.stats.accept_errors[errno.errorcode.get(error, str(error))] += 1
             log.warning("accept failed", error=errno.errorcode.get(error, str(error)))
             self._pause()
@@ -322,9 +377,18 @@ class Router:
             self.connections[connection.id] = connection
             return connection.on_over
 
-        if adopted := self.packet.adopt(is_left, enter):
+        def is_left_to_us(owner: int) -> bool:
+            return is_left(owner) and owner % OWNERS % self.settings.workers == self.worker
+
+        if adopted := self.packet.adopt(is_left_to_us, enter):
             log.info("flows adopted", flows=adopted)
             self._cut_off()
+
+    def adopt_half(self, half: int) -> None:
+        """
+        Take over those of a router that was replaced; *half* of the owners were its own.
+        """
+        self.adopt(lambda owner: owner // OWNERS == half)
 
     def kill(self, ids: Iterable[int]) -> list[int]:
         """
@@ -372,7 +436,7 @@ class Router:
         Stop listening once nobody waits: closing a listener resets those in its queue.
         """
         waiting = select.poll()
-        for listener in self.listeners:
+        for listener in self.held:
             # who is given to one now, while they close one by one, would be lost
             deafen(listener)
             waiting.register(listener, select.POLLIN)
@@ -383,15 +447,21 @@ class Router:
 
     def _close(self) -> None:
         self._pause()
-        for listener in self.listeners:
+        for listener in self.held:
+            # for all that have it; the last of them would end it else
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RD)
             listener.close()
-        self.listeners = []
+        self.listeners, self.held = [], []
         self.closed.set()
         self._stop_if_idle()
 
     def _stop_if_idle(self) -> None:
-        if self.draining and not self.listeners and not self.holding:
-            self.loop.stopping = True
+        if self.draining and not self.held and not self.holding and not self.others:
+            self._stop()
+
+    def _stop(self) -> None:
+        self.loop.stopping = True
 
     def _cut(self) -> None:
         self._close()
@@ -399,7 +469,10 @@ class Router:
             # the others need no router
             if connection.flow is None or connection.flow.holds_sockets:
                 connection.cut("drain_timeout")
-        self.loop.stopping = True
+        if self.others:
+            self.loop.later(LAST_OTHERS, self._stop)
+        else:
+            self._stop()
 
     def traffic(self) -> Traffic:
         """

@@ -41,6 +41,15 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def add(self, other: "Histogram") -> None:
+        """
+        Count what *other* has counted, up to the same bounds.
+        """
+        self.counts = [
+            ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)
+        ]
+        self.sum += other.sum
+
     def buckets(self) -> list[tuple[str, float]]:
         """
         The cumulative counts under their bounds, as Prometheus has them.

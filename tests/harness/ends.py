@@ -56,13 +56,14 @@ class Backend:
     def __exit__(self, *_: object) -> None:
         self._listener.close()
 
-    def accept(self) -> socket.socket:
+    def accept(self, hello: bytes = b"") -> socket.socket:
         """
-        Take the next connection, which must begin with the hello.
+        Take the next connection, which must begin with *hello*, or with the usual one.
         """
+        hello = hello or self._hello
         end, _ = self._listener.accept()
         end.settimeout(PATIENCE)
-        if (got := read_exactly(end, len(self._hello))) != self._hello:
+        if (got := read_exactly(end, len(hello))) != hello:
             raise HarnessError(f"no hello at the backend but {got[:64]!r}")
         return end
 
@@ -76,12 +77,12 @@ def connection(router: Address, backend: Backend) -> Iterator[tuple[socket.socke
         yield client, end
 
 
-def dial(router: Address) -> socket.socket:
+def dial(router: Address, hello: bytes = HELLO) -> socket.socket:
     """
-    Connect and send the hello.
+    Connect and send *hello*.
     """
     client = socket.create_connection(router, timeout=PATIENCE)
-    client.sendall(HELLO)
+    client.sendall(hello)
     return client
 
 

@@ -209,7 +209,7 @@ class LoneRouter:
         folder: Path,
         *options: str,
         prefix: Sequence[str] = (),
-        replaces: "LoneRouter | None" = None,
+        replaces: "LoneRouter | Product | None" = None,
     ) -> None:
         if replaces is None:
             self.control = folder / "router.sock"

@@ -27,6 +27,7 @@ OTHER: Final[dict[str, Any]] = {
     "replace": True,
     "backlog_limit": 131072,
     "receive_buffer": 262144,
+    "workers": 4,
     "max_connections": 12,
     "access_log": False,
     "client_ip": ClientIp.NAT,

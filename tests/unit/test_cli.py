@@ -208,6 +208,7 @@ STATUS = {
     "handoff": {"chosen": "sockmap", "reason": "self-test passed"},
     "client_ip": {"mode": "auto", "working": True, "reason": "proven for IPv4 and IPv6"},
     "connections": {"active": 3, "total": 40, "max": 9000},
+    "workers": {"running": 1, "of": 2},
     "controllers": 1,
     "engines": [
         {"name": "docker", "connected": False, "containers": 5, "url": "unix:///run/docker.sock"}
@@ -239,6 +240,7 @@ def test_status_is_a_table_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
         "hand-off     sockmap (self-test passed)",
         "client-ip    auto, working (proven for IPv4 and IPv6)",
         "connections  3 of 9000, 40 ended",
+        "workers      1 of 2 running",
         "controllers  1",
         "",
         "ENGINE  EVENTS  CONTAINERS  URL",

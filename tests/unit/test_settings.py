@@ -30,6 +30,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "drain": (-1, "inf", "nan", 1e9),
     "backlog_limit": (65535, "1GiB"),
     "receive_buffer": (131071, "1GiB"),
+    "workers": (0, 17, "auto"),
     "max_connections": (-1, 1.5, "all"),
     "access_log": ("perhaps",),
     "replace": ("perhaps",),
