@@ -123,12 +123,12 @@ struct {
 	__type(value, struct flow);
 } flows SEC(".maps");
 
-/* the device that a SYN, with or without ACK, came by */
+/* which way the SYNs of connections have gone, by the addresses of what comes in */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_SEEN);
 	__type(key, struct tuple);
-	__type(value, __u32);
+	__type(value, struct passage);
 } seen SEC(".maps");
 
 /* what a flow was before its packets were translated: user space's alone */
@@ -941,6 +941,25 @@ static __noinline int icmp6(struct __sk_buff *skb)
 	return send_on(way, true);
 }
 
+/* Take note of a SYN, which begins a passage, or of a SYN-ACK, which completes one. */
+static __always_inline void note_passage(const struct tuple *tuple, __u8 flags, __u32 in, __u32 out)
+{
+	struct passage passage = { .in = in, .out = out };
+
+	if (flags & ACK) {
+		struct passage *begun = bpf_map_lookup_elem(&seen, tuple);
+
+		if (!begun)
+			return;
+		if (in)
+			begun->in = in;
+		else
+			begun->out = out;
+	} else {
+		bpf_map_update_elem(&seen, tuple, &passage, BPF_ANY);
+	}
+}
+
 /* --- in --- */
 
 /* A new connection has the addresses of one that is over.  Returns what becomes of its SYN. */
@@ -973,11 +992,8 @@ int ingress(struct __sk_buff *skb)
 	}
 	flow = find(&packet.tuple, &number, &end);
 	if (!flow) {
-		if (packet.flags & SYN) {
-			__u32 ifindex = skb->ifindex;
-
-			bpf_map_update_elem(&seen, &packet.tuple, &ifindex, BPF_ANY);
-		}
+		if (packet.flags & SYN)
+			note_passage(&packet.tuple, packet.flags, skb->ifindex, 0);
 		return NEXT;
 	}
 	end &= 1;
@@ -989,9 +1005,7 @@ int ingress(struct __sk_buff *skb)
 	case FLOW_ENDED:
 	case FLOW_RESET:
 		if (packet.flags & SYN) {
-			__u32 ifindex = skb->ifindex;
-
-			bpf_map_update_elem(&seen, &packet.tuple, &ifindex, BPF_ANY);
+			note_passage(&packet.tuple, packet.flags, skb->ifindex, 0);
 			return forget(flow);
 		}
 		if (state == FLOW_ENDED)
@@ -1091,6 +1105,9 @@ int egress(struct __sk_buff *skb)
 	/* what has come by a device is not this host's own: translated, or forwarded */
 	if (skb->ingress_ifindex || read_packet(skb, &packet))
 		return NEXT;
+	turn_round(&packet.tuple, &tuple);
+	if (packet.flags & SYN)
+		note_passage(&tuple, packet.flags, 0, skb->ifindex);
 	if ((packet.flags & (SYN | ACK)) == SYN) {
 		__u32 lacks = skb->priority;
 
@@ -1098,7 +1115,6 @@ int egress(struct __sk_buff *skb)
 			blank_options(skb, packet.l4 + TCP_LEN, packet.header - TCP_LEN, lacks);
 		return NEXT;
 	}
-	turn_round(&packet.tuple, &tuple);
 	flow = find(&tuple, &number, &end);
 	if (!flow)
 		return NEXT;
@@ -1176,15 +1192,17 @@ static __always_inline __u32 port_change(const struct tuple *was, const struct t
 static __always_inline int find_ways(struct __sk_buff *skb, const struct install *in,
 				     struct flow *flow, struct tcp_sock *client)
 {
-	__u32 *from_client = bpf_map_lookup_elem(&seen, &in->client);
-	__u32 *from_backend = bpf_map_lookup_elem(&seen, &in->backend);
+	struct passage *client_way = bpf_map_lookup_elem(&seen, &in->client);
+	struct passage *backend_way = bpf_map_lookup_elem(&seen, &in->backend);
 	__u32 client_device, backend_device, headers;
 	int result;
 
-	if (!from_client || !from_backend)
+	if (!client_way || !backend_way)
 		return INSTALL_UNSEEN;
-	client_device = *from_client;
-	backend_device = *from_backend;
+	client_device = client_way->in;
+	backend_device = backend_way->in;
+	if (!client_device || !client_way->out || !backend_device || !backend_way->out)
+		return INSTALL_UNSEEN;
 	if (client_device == backend_device)
 		return INSTALL_HAIRPIN;
 	result = find_way(skb, &flow->ways[CLIENT_END], client_device, flow->is_ipv6);

@@ -25,6 +25,11 @@ struct tuple {
 	__be16 from_port, to_port;
 };
 
+/* The devices that the two SYNs of a connection passed with the same addresses, turned round. */
+struct passage {
+	__u32 in, out;
+};
+
 enum { CLIENT_END, BACKEND_END };
 
 /* A state is left by compare-and-swap, so whoever leaves it does what comes with that, once. */
@@ -106,7 +111,7 @@ struct flow_event {
 enum install_result {
 	INSTALL_OK,
 	INSTALL_BAD,
-	INSTALL_UNSEEN, /* a SYN has not passed the hook with these addresses */
+	INSTALL_UNSEEN, /* a SYN has not passed the hooks with these addresses */
 	INSTALL_HAIRPIN, /* both ends are behind the same device */
 	INSTALL_ASYMMETRIC, /* an end is reached another way than it is heard */
 	INSTALL_FORWARDING_OFF,
