@@ -164,9 +164,9 @@ def _open(
     router.listen(listeners, workers.listeners)
     workers.serve()
     if predecessor is not None:
-        adopt = partial(control.adopt, predecessor.owner // OWNERS)
+        settle = partial(control.settle, predecessor.owner // OWNERS)
         sockets = [*router.held, *([control.metrics.socket] if control.metrics else [])]
-        predecessor.switch(sockets, router.transparency.plumbed, control.settle, adopt)
+        predecessor.switch(sockets, router.transparency.plumbed, settle)
 
 
 def _make(

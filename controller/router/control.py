@@ -127,12 +127,6 @@ class Control:
         """
         self._name = self._name.replace(self._path)
 
-    def settle(self) -> None:
-        """
-        Take note that the router that was replaced is out of the way.
-        """
-        self.replacing = False
-
     def close(self) -> None:
         """
         Stop listening, and remove the socket's name.
@@ -314,7 +308,7 @@ class Control:
         if self._successor not in (None, peer) or self.replacing:
             # the order of sockets that either counts on would not hold
             busy = "takes another's place" if self.replacing else "is being replaced"
-            return {"type": "nack", "error": f"it {busy} right now: try again in a few seconds"}
+            return {"type": "nack", "error": f"it {busy} right now: try again when that has ended"}
         self._successor = peer
         listeners = [*self._router.held, *([self.metrics.socket] if self.metrics else [])]
         packet = self._router.packet
@@ -356,12 +350,14 @@ class Control:
     def _ask_workers(self, message: wire.Message) -> list[wire.Message]:
         return self.workers.ask(message) if self.workers is not None else []
 
-    def adopt(self, half: int) -> None:
+    def settle(self, half: int) -> None:
         """
-        Take over, with all workers, the flows of a router that was replaced.
+        Take over, with all workers, the flows of the router that was replaced, which has ended.
         """
         self.loop.ask(partial(self._router.adopt_half, half))
         self._ask_workers({"type": "adopt", "half": half})
+        # its half of the owners is free for who replaces this one
+        self.replacing = False
 
     def numbers(self, patience: float | None = None) -> Numbers:
         """

@@ -66,14 +66,12 @@ class Predecessor:
         self,
         listeners: Sequence[socket.socket],
         plumbing: bool,  # noqa: FBT001 - this router's stands, in the place of the old one's
-        on_closed: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:
         """
         Have all new clients come to *listeners*, which listen.
 
-        *on_closed* is called, in another thread, when the old router listens no more; *on_gone*
-        when it has ended.
+        *on_gone* is called, in another thread, when the old router has ended.
         """
         groups: dict[str, list[socket.socket]] = {}
         for listener in listeners:
@@ -91,7 +89,6 @@ class Predecessor:
                 # this router may be at its own end by now
                 with contextlib.suppress(OSError):
                     steer_no_more(group[0])
-            on_closed()
             # whatever else it has to say
             with contextlib.suppress(OSError):
                 while self._socket.recv(READ_SIZE):
