@@ -44,6 +44,7 @@
 #define SYN 2
 #define RST 4
 #define ACK 16
+#define URG 32
 
 #define ESTABLISHED 1
 
@@ -97,6 +98,7 @@ struct tcp_options_received {
 	__u16 snd_wscale : 4, rcv_wscale : 4;
 } KERNEL;
 struct tcp_sock {
+	__u64 bytes_received;
 	__u32 write_seq, snd_una, rcv_nxt, copied_seq, tsoffset;
 	__u16 advmss;
 	__u8 ecn_flags;
@@ -106,6 +108,9 @@ struct tcp_sock {
 } KERNEL;
 
 #define TCP_ECN_OK 1
+
+/* what may come before a hello: version 2 with all that we have seen anyone write */
+#define MAX_PROXY_HEADER 1024
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -809,6 +814,16 @@ static __always_inline int translate(struct __sk_buff *skb, struct flow *flow, _
 		sum += (__u16)~was;
 		sum += is;
 	}
+	if (packet->flags & URG) {
+		/* the byte stays where it is, as in every hand-off: sockets have it inline */
+		__u16 *word = (__u16 *)tcp + 6;
+
+		sum += (__u16) ~*word;
+		tcp->flags &= ~URG;
+		sum += *word;
+		sum += (__u16)~tcp->urgent;
+		tcp->urgent = 0;
+	}
 	if (packet->header > TCP_LEN)
 		unusual = !translate_usual(tcp + 1, data_end, packet->header - TCP_LEN, way, &sum);
 
@@ -1129,6 +1144,9 @@ int egress(struct __sk_buff *skb)
 	}
 	if (packet.payload && end == BACKEND_END)
 		return let_hello(skb, flow, &packet);
+	/* to ask for a window in which to send it */
+	if (end == BACKEND_END && !flow->hello_sent && !(packet.flags & (FIN | RST)))
+		return NEXT;
 	/* Its router has ended.  Without a hello nothing will ever come of this flow. */
 	if (packet.flags & (FIN | RST) && !flow->hello_sent) {
 		end_flow(flow, number, FLOW_RESET, EVENT_ABANDONED, end);
@@ -1250,7 +1268,8 @@ static __always_inline int make_flow(struct __sk_buff *skb, struct install *in, 
 		return INSTALL_UNSENT;
 	if (has_more(backend, 0))
 		return INSTALL_BACKEND_SPOKE;
-	if (has_more(client, in->hello))
+	if (has_more(client, in->hello) || client->bytes_received > MAX_HEAD + MAX_PROXY_HEADER ||
+	    backend->write_seq - backend->snd_una > MAX_HEAD)
 		return INSTALL_EARLY_DATA;
 
 	up = backend->write_seq - client->copied_seq;

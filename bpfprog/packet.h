@@ -8,6 +8,11 @@
 enum {
 	/* what the maps are pinned under: one more for each change of what is in them */
 	PACKET_ABI = 1,
+	/* Bytes that a client may have sent before the hand-off, and the backend not acknowledged:
+	 * so few that what is under way, ten segments or the twenty after them, fits its first
+	 * window.
+	 */
+	MAX_HEAD = 16384,
 	/* flows at once; what it takes of memory, 23 MB, is taken at once */
 	MAX_FLOWS = 65536,
 	MAX_ENDS = 131072,
@@ -120,7 +125,7 @@ enum install_result {
 	INSTALL_NOT_ESTABLISHED,
 	INSTALL_OPTIONS, /* timestamps or SACK on one leg only */
 	INSTALL_ECN,
-	INSTALL_EARLY_DATA, /* the client has sent more than its hello */
+	INSTALL_EARLY_DATA, /* the client has sent, or is sending, much more than its hello */
 	INSTALL_BACKEND_SPOKE,
 	INSTALL_UNSENT, /* the client has not acknowledged all it was sent */
 	INSTALL_TAKEN, /* the addresses are another flow's */

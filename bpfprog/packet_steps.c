@@ -14,9 +14,6 @@
 #define TCX_INGRESS 46
 #define TCX_EGRESS 47
 
-/* what may be queued before the hand-off, for the router to send on: what fits a first window */
-#define MAX_HEAD 16384
-
 /* places looked at for a free one; a table as full as that has none */
 #define MAX_PROBES 1024
 

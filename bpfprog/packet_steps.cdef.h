@@ -6,7 +6,7 @@ struct packet {
 	uint32_t cursor;
 };
 
-enum { TCX_INGRESS = ..., TCX_EGRESS = ..., MAX_HEAD = ... };
+enum { TCX_INGRESS = ..., TCX_EGRESS = ... };
 
 int bpf_map__set_pin_path(struct bpf_map *map, const char *path);
 int bpf_link_create(int prog_fd, int target_fd, int attach_type, const void *opts);
