@@ -2,8 +2,8 @@
 The router process: take what privileges it needs, prove the hand-offs, serve, and drain.
 """
 
+import errno
 import gc
-import hashlib
 import os
 import resource
 import select
@@ -13,15 +13,15 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 import structlog
 from pydantic import ValidationError
 
-from bpfprog import CAPABILITIES, MAX_OWNERS, PACKET_ABI, STAND_IN, KernelError, Packet, Splice
+from bpfprog import CAPABILITIES, MAX_OWNERS, STAND_IN, KernelError, Packet, Splice
 from controller import log, privilege
 from controller.core.wire import WireError
+from controller.router import pins
 from controller.router._native import lib
 from controller.router.control import Control, listen
 from controller.router.devices import Devices
@@ -40,8 +40,6 @@ from controller.router.workers import NotStarted, WorkerControl, Workers, start_
 from controller.settings import ClientIp, HandoffChoice, RouterSettings
 
 BIND: Final = "NET_BIND_SERVICE"
-
-SO_NETNS_COOKIE: Final = 71
 
 SPARE_DESCRIPTORS: Final = 64
 """Descriptors kept for all that is no connection: listeners, BPF, control, metrics, logs."""
@@ -310,25 +308,13 @@ def _load_packet(settings: RouterSettings, owner: int) -> tuple[Packet | None, s
     if settings.handoff not in (HandoffChoice.AUTO, HandoffChoice.PACKET):
         return None, "not asked for"
     try:
-        return Packet(_instance(settings), owner), ""
-    except KernelError as err:
+        if not pins.is_bpffs(settings.bpffs):
+            raise KernelError(errno.ENOENT, f"no bpf filesystem at {settings.bpffs}")
+        return Packet(pins.own(settings), owner), ""
+    except OSError as err:
         note = "\n".join(getattr(err, "__notes__", ()))
         logger.warning("packet programs refused", error=err.strerror, verifier=note[-4096:])
         return None, str(err.strerror)
-
-
-def _instance(settings: RouterSettings) -> Path:
-    """
-    Where the pins of this router are, and those of whoever ran before it in its place.
-
-    Of its place: the network namespace, whose cookie is never another's, and the control socket.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        cookie = int.from_bytes(
-            probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder
-        )
-    place = hashlib.sha256(os.fsencode(settings.control)).hexdigest()[:16]
-    return settings.bpffs / "sniroute" / f"{PACKET_ABI}-{cookie:x}-{place}"
 
 
 def _choose(
@@ -370,6 +356,8 @@ def _choose(
     router.packet_reason = no_packet
     router.ladder = ladder
     router.ladder_reason = refusal if len(ladder) == 1 else "self-test passed"
+    if settings.handoff == HandoffChoice.AUTO and router.packet is None:
+        router.ladder_reason += f"; no packets: {no_packet}"
 
 
 def _drain_on_signal(router: Router) -> None:
