@@ -21,6 +21,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from bpfprog import MAX_FLOWS, Packet
 from controller.router.control import Control
 from controller.router.listen import bind
 from controller.router.numbers import Numbers
@@ -54,6 +55,8 @@ class RouterCollector(Collector):
         yield from self._about_router(numbers)
         yield from self._about_workers()
         yield from _about_connections(numbers)
+        if self._router.packet is not None:
+            yield from _about_packets(self._router.packet.packet, numbers)
         yield from self._about_controller()
 
     def _about_workers(self) -> Iterator[Metric]:
@@ -242,6 +245,24 @@ def _about_connections(numbers: Numbers) -> Iterator[Metric]:
     for route, histogram in numbers.histograms["connect_seconds"].items():
         connects.add_metric([route], histogram.buckets(), histogram.sum)
     yield connects
+
+
+def _about_packets(packet: Packet, numbers: Numbers) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "sniroute_packet_flows",
+        "Places in the table of flows that are taken; ended flows keep theirs for up to 10 s.",
+        value=len(packet.numbers()),
+    )
+    yield GaugeMetricFamily(
+        "sniroute_packet_max_flows",
+        "Places that there are: without a free one a connection takes the next hand-off.",
+        value=MAX_FLOWS,
+    )
+    yield CounterMetricFamily(
+        "sniroute_packet_lost_events",
+        "Events that found no room in the ring, after which the router looks at every flow.",
+        value=numbers.counts["lost_events"].total(),
+    )
 
 
 def _add(family: Any, counts: Any) -> Metric:

@@ -16,8 +16,8 @@ Key = tuple[str, ...]
 
 BOUNDS: Final = {"hello_size": SIZES, "hello_seconds": SECONDS, "connect_seconds": SECONDS}
 
-STANDING: Final = frozenset({"active", "pending", "max_connections"})
-"""Counts of what is now; all others only grow."""
+STANDING: Final = frozenset({"active", "pending", "max_connections", "lost_events"})
+"""Counts of what is now, and of what the kernel itself adds up; all others only grow."""
 
 
 @dataclass(slots=True)
@@ -68,6 +68,7 @@ def read_numbers(router: Router) -> Numbers:
             "refusals": _labelled(stats.handoff_refusals),
             "pauses": _labelled(stats.accept_errors),
             "faults": Counter({(): router.loop.faults}),
+            "lost_events": Counter({(): router.packet.packet.lost_events if router.packet else 0}),
             "dropped_lines": Counter({(): dropped_lines()}),
         },
         {

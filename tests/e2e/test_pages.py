@@ -60,6 +60,26 @@ def test_the_chosen_hand_off_carries_the_bytes(
     assert handoff == sniroute.status()["handoff"]["chosen"]
 
 
+def test_flows_are_counted(engine: Engine, run_app: RunApp, sniroute: Sniroute) -> None:
+    """
+    A connection that is translated has a place among the flows, and the router has no socket of it.
+    """
+    host = "one.example.test"
+    app = run_app("one", {"sniroute.host": host})
+    sniroute.wait_for_route(host, app.address)
+    before = sniroute.metric("sniroute_packet_flows")
+    sockets = sniroute.router().num_fds()
+
+    with fetch.connect(engine.client, engine.front, host, app.root) as sock:
+        assert BLOB == fetch.get(sock, host, "/blob")
+
+        assert before + 1 == sniroute.metric("sniroute_packet_flows")
+        assert sockets == sniroute.router().num_fds()
+        assert 1 == sniroute.metric("sniroute_connections_active", route=host, handoff="packet")
+    assert 0 == sniroute.metric("sniroute_packet_lost_events_total")
+    assert 65536 == sniroute.metric("sniroute_packet_max_flows")
+
+
 @EACH_CLIENT
 def test_a_name_nobody_has_is_refused_with_unrecognized_name(
     engine: Engine, run_app: RunApp, sniroute: Sniroute, client: str
