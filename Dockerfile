@@ -36,7 +36,8 @@ LABEL org.opencontainers.image.title="sniroute" \
       org.opencontainers.image.licenses="Apache-2.0 AND (GPL-2.0-only OR BSD-2-Clause)"
 
 # Root, for engines grant capabilities to root only; run it with all dropped but
-# BPF, PERFMON, NET_ADMIN and NET_BIND_SERVICE (compose.example.yaml).
+# BPF, PERFMON, NET_ADMIN and NET_BIND_SERVICE, and the host's bpf filesystem mounted
+# (compose.example.yaml).
 EXPOSE 443
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10s CMD ["sniroute", "status"]
 ENTRYPOINT ["sniroute"]

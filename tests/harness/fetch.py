@@ -71,7 +71,24 @@ def get(sock: ssl.SSLSocket, name: str, path: str = "/") -> bytes:
     Raises:
         OSError: The connection broke, or the answer is not a good one.
     """
+    ask(sock, name, path)
+    return read_body(sock)
+
+
+def ask(sock: ssl.SSLSocket, name: str, path: str = "/") -> None:
+    """
+    Ask for *path* on an open connection.
+    """
     sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {name}\r\n\r\n".encode())
+
+
+def read_body(sock: ssl.SSLSocket) -> bytes:
+    """
+    Read one answer, and return its body.
+
+    Raises:
+        OSError: The connection broke, or the answer is not a good one.
+    """
     data = bytearray()
     while (end := data.find(b"\r\n\r\n")) == -1:
         data += _some(sock)

@@ -143,9 +143,36 @@ def test_it_has_the_four_capabilities_and_no_more() -> None:
     } == context
     assert {"seccompProfile": {"type": "RuntimeDefault"}} == spec["securityContext"]
     assert spec["automountServiceAccountToken"] is False
-    assert ["configMap", "emptyDir"] == [
-        kind for volume in spec["volumes"] for kind in volume if kind != "name"
-    ]
+    assert ["configMap", "emptyDir", "hostPath"] == kinds_of_volumes()
+
+
+def kinds_of_volumes(*args: object) -> list[str]:
+    volumes = pod(*args)["spec"]["volumes"]
+    return [kind for volume in volumes for kind in volume if kind != "name"]
+
+
+def test_the_nodes_bpf_filesystem_is_where_the_program_is_told() -> None:
+    """
+    One folder of the node is mounted, not below /sys, where AppArmor would have it read only.
+    """
+    it = container("--values", EVERYTHING)
+    (told,) = (v["value"] for v in it["env"] if v["name"] == "SNIROUTE_BPFFS")
+    (volume,) = (v for v in pod("--values", EVERYTHING)["spec"]["volumes"] if "hostPath" in v)
+
+    assert {"path": "/run/node/bpf", "type": "Directory"} == volume["hostPath"]
+    assert {"name": volume["name"], "mountPath": told} in it["volumeMounts"]
+    assert not told.startswith("/sys/")
+
+
+def test_a_pod_can_do_without_the_nodes_folder() -> None:
+    """
+    Without a path nothing of the node is mounted, and the program is told of none.
+    """
+    it = container("--values", RELAY)
+
+    assert ["configMap", "emptyDir"] == kinds_of_volumes("--values", RELAY)
+    assert ["routes", "run"] == [mount["name"] for mount in it["volumeMounts"]]
+    assert "SNIROUTE_BPFFS" not in {variable["name"] for variable in it["env"]}
 
 
 def test_a_relay_can_do_without_capabilities() -> None:
@@ -166,9 +193,9 @@ def environment(values: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
 
 def test_its_defaults_are_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    A setting that the values do not change is as it is without a chart.
+    A setting that the values do not change is as it is without a chart, but for one mount.
     """
-    plain = RunSettings()
+    plain = RunSettings(bpffs=Path("/run/bpf"))
 
     assert plain == environment(DEFAULTS, monkeypatch)
 
@@ -182,7 +209,8 @@ def test_every_setting_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {
         "listen": ["192.0.2.1:443", "[2001:db8::1]:443", ":8443"],
         "metrics": "[::]:9900",
-        "handoff": "sockmap",
+        "handoff": "packet",
+        "bpffs": "/run/bpf",
         "hello_timeout": 2.5,
         "connect_timeout": 0.5,
         "drain": 90.5,

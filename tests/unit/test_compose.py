@@ -70,13 +70,17 @@ def test_sniroute_has_the_four_capabilities_and_no_more(example: dict[str, Any])
     assert "privileged" not in it
 
 
-def test_the_engines_socket_is_all_it_sees_of_the_host(example: dict[str, Any]) -> None:
+def test_it_sees_two_things_of_the_host(example: dict[str, Any]) -> None:
     """
-    One thing of the host is mounted: the engine's socket, where sniroute looks for it.
+    The engine's socket is mounted where sniroute looks for it, the bpf filesystem where it is told.
     """
-    volumes = example["services"]["sniroute"]["volumes"]
+    service = example["services"]["sniroute"]
+    volumes = {source: rest for source, _, rest in (v.partition(":") for v in service["volumes"])}
 
-    assert ["/var/run/docker.sock:/run/docker.sock:ro"] == volumes
+    bpffs = service["environment"]["SNIROUTE_BPFFS"]
+    assert {"/var/run/docker.sock": "/run/docker.sock:ro", "/sys/fs/bpf": bpffs} == volumes
+    # docker-default, of AppArmor, denies what would be written there
+    assert not bpffs.startswith("/sys/")
 
 
 @pytest.mark.parametrize("name", APPS)
