@@ -29,14 +29,25 @@ from typing import Any, Final
 import pyprctl
 from pyroute2 import IPRoute
 
-from bpfprog import CAPABILITIES, MAX_CONNECTIONS, STAND_IN, KernelError, Splice
+from bpfprog import (
+    CAPABILITIES,
+    MAX_CONNECTIONS,
+    PACKET_ABI,
+    STAND_IN,
+    KernelError,
+    Packet,
+    Splice,
+)
 from controller import log
 from controller.core import wire
 from controller.core.finding import Finding, State
+from controller.router import pins
 from controller.router.__main__ import BIND, SPARE_DESCRIPTORS
 from controller.router.address import read_listen
+from controller.router.devices import ETHERNET, LOOPBACK, list_devices
 from controller.router.flow import Handoff
 from controller.router.loop import Loop
+from controller.router.packet import PacketHandoff
 from controller.router.plumbing import (
     FAMILIES,
     HOOK,
@@ -50,7 +61,7 @@ from controller.router.plumbing import (
 )
 from controller.router.probe import probe as try_probe
 from controller.router.relay import RelayHandoff
-from controller.router.selftest import SelfTestFailed, prove
+from controller.router.selftest import SelfTestFailed, prove, prove_packet
 from controller.router.sockmap import SockmapHandoff
 from controller.settings import ClientIp, HandoffChoice, RouterSettings
 
@@ -60,6 +71,9 @@ INTERFACES: Final = Path("/sys/class/net")
 MENDED: Final = ((6, 1, 142), (6, 6, 95), (6, 12, 35), (6, 15, 4), (6, 16))
 """The first of each series in which a redirect that has to wait neither loses nor doubles bytes
 (7683167196bd, 3b4f14b79428, 5ca2e29f6834); all after the last."""
+
+TCX: Final = (6, 6)
+"""The first version with hooks whose programs go with their pins."""
 
 FEW_DESCRIPTORS: Final = 256
 """Below this a router is of no use: less than a hundred connections."""
@@ -82,6 +96,9 @@ LOOKUP: Final = 1
 VERIFIER_LINES: Final = 5
 """Lines at the end of the verifier's log, which tell where it stopped."""
 
+UP: Final = 1
+"""IFF_UP."""
+
 ANSWER_TIMEOUT: Final = 2.0
 """Seconds that a router has to say that it is one; it takes milliseconds."""
 
@@ -100,12 +117,13 @@ class Host:
     What every check may need: the settings, and the router that serves with them, if one does.
 
     *router* is its process, 0 if that is of another namespace, None if no router answers; *status*
-    what it answers.
+    what it answers, and *packet* what it tells of that hand-off, nothing where it is not in use.
     """
 
     settings: RouterSettings
     router: int | None
     status: wire.Message
+    packet: wire.Message
 
 
 Check = Callable[[Host], Finding]
@@ -123,7 +141,9 @@ def _checks(settings: RouterSettings) -> Iterator[Check]:
     yield from (kernel, capabilities, descriptors, receive_buffer)
     if settings.handoff != HandoffChoice.RELAY:
         yield from (jit, type_information, program, sockmap)
-    yield from (relay, bpffs, steering)
+    if settings.handoff in (HandoffChoice.AUTO, HandoffChoice.PACKET):
+        yield from (bpffs, packet, devices, forwarding, leftovers)
+    yield from (relay, steering)
     if settings.client_ip != ClientIp.OFF:
         yield from (plumbing, conflicts, probe, reverse_path)
     addresses = [*settings.listen, *([settings.metrics] if settings.metrics != "off" else [])]
@@ -139,11 +159,17 @@ def _guarded(check: Check, host: Host) -> Finding:
         return Finding(name, State.DEGRADED, f"check failed: {err!r}")
 
 
-def _hindered(host: Host, check: str, detail: str, fix: str) -> Finding:
+def _hindered(
+    host: Host,
+    check: str,
+    detail: str,
+    fix: str,
+    handoff: HandoffChoice = HandoffChoice.SOCKMAP,
+) -> Finding:
     """
-    Tell of something without which there is no sockmap, which may be asked for by name.
+    Tell of something without which there is no *handoff*, which may be asked for by name.
     """
-    insists = host.settings.handoff == HandoffChoice.SOCKMAP
+    insists = host.settings.handoff == handoff
     return Finding(check, State.BROKEN if insists else State.DEGRADED, detail, fix)
 
 
@@ -154,8 +180,7 @@ def kernel(_: Host) -> Finding:
     """
     Look at the version; what it means is for the self-test to say.
     """
-    release = platform.release()
-    version = tuple(int(number) for number in re.findall(r"\d+", release)[:3])
+    release, version = platform.release(), _version()
     mended = version >= MENDED[-1] or any(version[:2] == m[:2] and version >= m for m in MENDED)
     detail = f"Linux {release}"
     if not mended:
@@ -164,6 +189,10 @@ def kernel(_: Host) -> Finding:
             " theirs, so what counts is the self-test"
         )
     return Finding("kernel", State.FINE, detail)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", platform.release())[:3])
 
 
 def jit(_: Host) -> Finding:
@@ -255,14 +284,181 @@ def _prove(loop: Loop, handoff: Handoff) -> str:
     return ""
 
 
-def bpffs(_: Host) -> Finding:
+# --- packets ---
+
+
+def bpffs(host: Host) -> Finding:
     """
-    Look for a BPF file system, which people expect to matter.
+    Look for the bpf filesystem, and whether something can be left in it.
     """
-    mounts = [line.split() for line in (_read(Path("/proc/mounts")) or "").splitlines()]
-    where = ", ".join(mount[1] for mount in mounts if mount[2] == "bpf")
-    detail = f"mounted at {where}" if where else "not mounted"
-    return Finding("BPF file system", State.FINE, f"{detail}; not needed: nothing is pinned")
+    check, path = "BPF file system", host.settings.bpffs
+    try:
+        with _scratch(path):
+            return Finding(check, State.FINE, f"{path} can be written")
+    except OSError as err:
+        return _hindered(
+            host,
+            check,
+            f"{err.strerror}: no connection is handed over as packets",
+            f"mount -t bpf bpf {path}, as root; in a container, mount the host's /sys/fs/bpf to a"
+            " path that is not below /sys, where AppArmor forbids to write, and name that with"
+            " --bpffs",
+            HandoffChoice.PACKET,
+        )
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """
+    Have a folder of our own in the bpf filesystem *path*, as a router has, for a moment.
+
+    Raises:
+        OSError: that is not possible; the message names the path.
+    """
+    if not pins.is_bpffs(path):
+        raise OSError(errno.ENOENT, f"no bpf filesystem at {path}")
+    folder = path / pins.FOLDER
+    mine = folder / f"{pins.DOCTOR}-{os.getpid()}"
+    made = not folder.exists()
+    try:
+        mine.mkdir(mode=0o700, parents=True)
+    except OSError as err:
+        raise OSError(err.errno, f"{mine}: {err.strerror}") from None
+    try:
+        yield mine
+    finally:
+        for left in mine.iterdir():
+            left.unlink()
+        mine.rmdir()
+        if made:
+            # unless a router began meanwhile
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def packet(host: Host) -> Finding:
+    """
+    Have the kernel translate packets of a trial flow, on no device.
+    """
+    check = "hand-off packet"
+    try:
+        with _scratch(host.settings.bpffs) as folder:
+            why, fix = _try_packets(host.settings, folder)
+    except OSError as err:
+        why, fix = f"not tried: {err.strerror}", "as for the BPF file system"
+    if why:
+        return _hindered(host, check, why, fix, HandoffChoice.PACKET)
+    hook = "TCX" if _version() >= TCX else "clsact"
+    detail = f"self-test passed: the kernel translates packets, by programs at its {hook} hooks"
+    return Finding(check, State.FINE, detail)
+
+
+def _try_packets(settings: RouterSettings, folder: Path) -> tuple[str, str]:
+    """
+    Load the programs, with maps in *folder*, and prove them; say what is wrong and what mends it.
+    """
+    loop = Loop()
+    try:
+        with Packet(folder, 0) as programs:
+            patience, idle = settings.connect_timeout, settings.packet_idle
+            prove_packet(loop, PacketHandoff(loop, programs, patience, idle))
+    except KernelError as err:
+        lines = "\n".join(getattr(err, "__notes__", ())).splitlines()[-VERIFIER_LINES:]
+        why = "\n".join([f"programs refused: {err.strerror}", *lines])
+        if err.errno == errno.EPERM:
+            return why, "the capabilities that are missing"
+        return why, "Linux 5.17 or newer, for bpf_loop, with CONFIG_NET_CLS_BPF"
+    except SelfTestFailed as err:
+        return (
+            f"self-test failed: {err}",
+            "a newer kernel; --handoff sockmap says that this is meant",
+        )
+    return "", ""
+
+
+def devices(host: Host) -> Finding:
+    """
+    Tell by which devices connections can be handed over as packets, and by which not.
+    """
+    check = "packet devices"
+    followed, others = _devices()
+    missing = sorted({*followed} - {*host.packet["devices"]}) if host.packet else []
+    if missing:
+        return Finding(
+            check,
+            State.DEGRADED,
+            f"the router that serves here is not at {_names(missing)}: what comes by it takes the"
+            " next hand-off",
+            "its log tells why: device not followed",
+        )
+    detail = f"by {_names(followed)}"
+    if others:
+        detail += f"; what comes by {_names(others)}, without Ethernet headers, takes the next one"
+    return Finding(check, State.FINE, detail)
+
+
+def _devices() -> tuple[list[str], list[str]]:
+    """
+    Name the devices that the packet programs belong on, and those that they can not be on.
+    """
+    with IPRoute(strict_check=True) as ip:
+        wanted = list_devices(ip)
+        links = [(str(link.get_attr("IFLA_IFNAME")), link) for link in ip.get_links()]
+    followed = (name for name, link in links if link["index"] in wanted)
+    others = (
+        name
+        for name, link in links
+        if link["ifi_type"] != ETHERNET and link["flags"] & UP and not link["flags"] & LOOPBACK
+    )
+    return sorted(followed), sorted(others)
+
+
+def forwarding(host: Host) -> Finding:
+    """
+    See whether this host forwards what comes by those devices.
+    """
+    check = "packet forwarding"
+    names, _ = _devices()
+    v4, v6 = (
+        [name for name in names if _read(PROC_SYS / v / "conf" / name / "forwarding") == "0"]
+        for v in ("ipv4", "ipv6")
+    )
+    if v4:
+        return _hindered(
+            host,
+            check,
+            f"off for IPv4 on {_names(v4)}: what comes by it takes the next hand-off",
+            "sysctl -w net.ipv4.conf.all.forwarding=1, as engines do when they make a bridge",
+            HandoffChoice.PACKET,
+        )
+    detail = f"on, but for IPv6 on {_names(v6)}" if v6 else "on"
+    return Finding(check, State.FINE, detail)
+
+
+def leftovers(host: Host) -> Finding:
+    """
+    Name what other routers have pinned, and whether programs of another version are in our way.
+    """
+    check = "packet leftovers"
+    left = pins.others(host.settings)
+    if not left:
+        return Finding(check, State.FINE, "none")
+    stale = any(item.here and item.abi != str(PACKET_ABI) for item in left)
+    return Finding(
+        check,
+        State.DEGRADED if stale else State.FINE,
+        "\n".join(["not this router's:", *(f"{item.path}, of {_owner(item)}" for item in left)]),
+        "where no router runs that it is of: rm -r that folder, which resets its connections"
+        + ("" if _version() >= TCX else "; tc qdisc del dev DEVICE clsact, for each device"),
+    )
+
+
+def _owner(left: pins.Left) -> str:
+    if left.abi == pins.DOCTOR:
+        return "a doctor that was killed"
+    if not left.here:
+        return "another network, which may be gone"
+    return "another control socket" if left.abi == str(PACKET_ABI) else "another version"
 
 
 # --- privileges and limits ---
@@ -593,24 +789,29 @@ def running(host: Host) -> Finding:
     return Finding("router", State.FINE, detail)
 
 
-def _ask_router(path: Path) -> tuple[int | None, wire.Message]:
+def _ask_router(path: Path) -> tuple[int | None, wire.Message, wire.Message]:
     """
-    Find the process behind the control socket at *path*, if it is a router, and its status.
+    Find the process behind the control socket at *path*, if it is a router, and what it tells.
     """
     decoder = wire.Decoder()
+    router: int | None = None
+    status: wire.Message = {}
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(ANSWER_TIMEOUT)
             connection.connect(str(path))
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             connection.sendall(wire.encode({"type": "status"}))
+            connection.sendall(wire.encode({"type": "packet", "state": wire.PacketState.STATUS}))
             while data := connection.recv(65536):
                 for answer in decoder.feed(data):
                     if answer["type"] == "status":
-                        return struct.unpack("iII", credentials)[0], answer
+                        router, status = struct.unpack("iII", credentials)[0], answer
+                    elif answer["type"] == "packet":
+                        return router, status, answer.get("packet") or {}
     except (OSError, wire.WireError):
         pass
-    return None, {}
+    return router, status, {}
 
 
 # --- small things ---

@@ -3,7 +3,9 @@
 """
 
 import json
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +16,14 @@ from harness.machines import Machine
 from harness.product import SNIROUTE
 from harness.tools import CAPABILITIES, VENV, HarnessError, limited, run, wait_for
 
+from bpfprog import PACKET_ABI
+
 STATUS = {"fine": 0, "degraded": 1, "broken": 2}
 
 CLIENT_ADDRESS = "client address: "
+
+BPFFS = "/sys/fs/bpf"
+"""Where a machine has a bpf filesystem of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ def everything(machine: Machine) -> list[str]:
     return [
         machine.run("nft", "list", "ruleset"),
         *(machine.run("ip", v, what, "show", *rest) for v in ("-4", "-6") for what, *rest in LAID),
+        run(*machine.inside("find", BPFFS)),
     ]
 
 
@@ -112,7 +120,8 @@ def test_all_is_fine_with_what_the_product_is_given(machine: Machine, flags: lis
     told = diagnose(machine, *flags)
 
     assert ("fine", {}) == (told.state, told.but_fine())
-    assert "self-test passed" in told.findings["hand-off sockmap"]["detail"]
+    for handoff in ("sockmap", "packet"):
+        assert "self-test passed" in told.findings[f"hand-off {handoff}"]["detail"]
     assert before == everything(machine)
 
 
@@ -133,6 +142,7 @@ def test_a_router_that_serves_is_known_and_not_disturbed(
     """
     The ports and the plumbing of a router that serves are its own, and it is told of.
     """
+    plug(machine, "one")
     with running(machine, *ALLOWED, SNIROUTE, "run", *flags):
         control = flags[flags.index("--control") + 1]
         wait_for("a router that serves", lambda: serves(control))
@@ -143,12 +153,121 @@ def test_a_router_that_serves_is_known_and_not_disturbed(
     in_use = "in use, by the router that serves here"
     listening = {told.findings[f"listen {address}"]["detail"] for address in LISTEN}
     assert ({}, {in_use}) == (told.but_fine(), listening)
+    assert "by one" == told.findings["packet devices"]["detail"]
+    assert any(f"{BPFFS}/sniroute/" in line and "ingress-" in line for line in before)
     assert "serves, process" in told.findings["router"]["detail"]
     assert "in place" == told.findings[f"{CLIENT_ADDRESS}plumbing"]["detail"]
     assert before == after
 
 
 LISTEN = (":443", "127.0.0.1:9443")
+
+
+# --- packets ---
+
+
+def plug(machine: Machine, *names: str) -> None:
+    """
+    Give *machine* devices with Ethernet headers, and have it forward packets.
+    """
+    for name in names:
+        machine.run("ip", "link", "add", name, "type", "bridge")
+        machine.run("ip", "link", "set", name, "up")
+    machine.run("sysctl", "-qw", "net.ipv4.conf.all.forwarding=1")
+
+
+@pytest.mark.parametrize(("handoff", "state"), [("auto", "degraded"), ("packet", "broken")])
+def test_a_host_without_a_bpf_filesystem_is_told(
+    handoff: str, state: str, machine: Machine, flags: list[str]
+) -> None:
+    """
+    Without one the fix is the command that mounts it, and nothing else is blamed.
+    """
+    told = diagnose(machine, *flags, "--handoff", handoff, "--bpffs", "/run")
+
+    assert {"BPF file system": state, "hand-off packet": state} == told.but_fine()
+    assert "no bpf filesystem at /run" in told.findings["BPF file system"]["detail"]
+    assert "mount -t bpf bpf /run" in told.findings["BPF file system"]["fix"]
+
+
+def test_a_bpf_filesystem_that_can_not_be_written_is_told(
+    machine: Machine, flags: list[str]
+) -> None:
+    """
+    One that is mounted read only is degraded, and the reason is the kernel's.
+    """
+    run(*machine.inside("mount", "-o", "remount,ro", BPFFS))
+
+    told = diagnose(machine, *flags)
+
+    assert {"BPF file system": "degraded", "hand-off packet": "degraded"} == told.but_fine()
+    assert "Read-only file system" in told.findings["BPF file system"]["detail"]
+
+
+def test_devices_are_told_by_what_comes_by_them(machine: Machine, flags: list[str]) -> None:
+    """
+    Devices without Ethernet headers are named beside those with.
+    """
+    plug(machine, "one", "two")
+    machine.run("ip", "tuntap", "add", "tun9", "mode", "tun")
+    machine.run("ip", "link", "set", "tun9", "up")
+
+    told = diagnose(machine, *flags)
+
+    assert {} == told.but_fine()
+    assert told.findings["packet devices"]["detail"].startswith("by one, two; what comes by tun9,")
+
+
+def test_a_device_that_forwards_nothing_is_named(machine: Machine, flags: list[str]) -> None:
+    """
+    Where IPv4 is not forwarded there are no packets to hand over, and a command mends it.
+    """
+    plug(machine, "one", "two")
+    machine.run("sysctl", "-qw", "net.ipv4.conf.two.forwarding=0")
+
+    told = diagnose(machine, *flags)
+
+    finding = told.findings["packet forwarding"]
+    assert {"packet forwarding": "degraded"} == told.but_fine()
+    assert finding["detail"].startswith("off for IPv4 on two:")
+    assert "sysctl -w net.ipv4.conf.all.forwarding=1" in finding["fix"]
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "owner"),
+    [
+        ("{abi}-{cookie}-0123456789abcdef", "fine", "another control socket"),
+        ("0-{cookie}-0123456789abcdef", "degraded", "another version"),
+        ("{abi}-fffff-0123456789abcdef", "fine", "another network, which may be gone"),
+        ("doctor-1", "fine", "a doctor that was killed"),
+    ],
+)
+def test_pins_of_others_are_named(
+    name: str, state: str, owner: str, machine: Machine, flags: list[str]
+) -> None:
+    """
+    What another router has left is told by its folder, and only another version here is bad.
+    """
+    folder = f"{BPFFS}/sniroute/" + name.format(abi=PACKET_ABI, cookie=cookie(machine))
+    run(*machine.inside("mkdir", "-p", folder))
+
+    finding = diagnose(machine, *flags).findings["packet leftovers"]
+
+    assert state == finding["state"]
+    assert f"{folder}, of {owner}" in finding["detail"]
+    assert "rm -r" in finding["fix"]
+
+
+def cookie(machine: Machine) -> str:
+    with machine.network(), socket.socket() as probe:
+        raw = probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+    return f"{int.from_bytes(raw, sys.byteorder):x}"
+
+
+SO_NETNS_COOKIE = 71
+
+
+# --- addresses, privileges, limits ---
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "0.0.0.0", "::"])
@@ -181,14 +300,15 @@ def test_an_address_of_another_host_can_not_be_listened_on(
 @pytest.mark.parametrize(
     ("missing", "state", "checks"),
     [
-        ("bpf", "degraded", {"BPF program", "hand-off sockmap"}),
-        ("perfmon", "degraded", {"BPF program", "hand-off sockmap"}),
+        ("bpf", "degraded", {"BPF program", "hand-off sockmap", "hand-off packet"}),
+        ("perfmon", "degraded", {"BPF program", "hand-off sockmap", "hand-off packet"}),
         (
             "net_admin",
             "degraded",
             {
                 "BPF program",
                 "hand-off sockmap",
+                "hand-off packet",
                 f"{CLIENT_ADDRESS}plumbing",
                 f"{CLIENT_ADDRESS}conflicts",
             },
@@ -213,15 +333,17 @@ def test_what_is_asked_for_by_name_and_does_not_work_is_broken(
     machine: Machine, flags: list[str]
 ) -> None:
     """
-    A sockmap that must be is broken without its capability; without one asked for, all is fine.
+    What must be is broken without its capability; where neither is asked for, all is fine.
     """
     few = limited("net_bind_service")
 
     insisting = diagnose(machine, *flags, "--handoff", "sockmap", "--client-ip", "off", under=few)
+    packets = diagnose(machine, *flags, "--handoff", "packet", "--client-ip", "off", under=few)
     content = diagnose(machine, *flags, "--handoff", "relay", "--client-ip", "off", under=few)
 
-    assert ("broken", "fine") == (insisting.state, content.state)
+    assert ("broken", "broken", "fine") == (insisting.state, packets.state, content.state)
     assert "broken" == insisting.findings["hand-off sockmap"]["state"]
+    assert "broken" == packets.findings["hand-off packet"]["state"]
     assert {} == content.but_fine()
 
 

@@ -289,7 +289,7 @@ def test_a_kernel_with_a_known_fault_is_only_noted(
     """
     monkeypatch.setattr("platform.release", lambda: release)
 
-    finding = router_doctor.kernel(router_doctor.Host(settings(), None, {}))
+    finding = router_doctor.kernel(router_doctor.Host(settings(), None, {}, {}))
 
     assert (State.FINE, mended) == (finding.state, "lost or doubled" not in finding.detail)
 
@@ -339,6 +339,6 @@ def test_a_check_that_fails_is_a_finding() -> None:
     def odd(_: router_doctor.Host) -> Finding:
         raise ZeroDivisionError(os.sep)
 
-    finding = router_doctor._guarded(odd, router_doctor.Host(settings(), None, {}))  # noqa: SLF001 - the seam
+    finding = router_doctor._guarded(odd, router_doctor.Host(settings(), None, {}, {}))  # noqa: SLF001 - the seam
 
     assert Finding("odd", State.DEGRADED, "check failed: ZeroDivisionError('/')") == finding
