@@ -2,13 +2,21 @@
 Containers that move and containers that stop.
 """
 
+import contextlib
+import os
+import select
+import ssl
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+import docker
 import pytest
+from docker.types import IPAMConfig, IPAMPool
 from harness import fetch
 from harness.apps import App, RunApp
 from harness.engines import Engine
+from harness.lab import access_line
 from harness.product import HANDOFFS, Sniroute
 from harness.tools import wait_for
 
@@ -16,8 +24,30 @@ EACH_HANDOFF = pytest.mark.parametrize("sniroute", HANDOFFS, indirect=True)
 
 HOST = "one.example.test"
 
+GONE = "gone.example.test"
+
+HEARD = 2.0
+"""Seconds from when an engine says that a container has gone to the end of its connections."""
+
 PROMPT = 0.5
 """Seconds from an engine's event to the table that follows from it."""
+
+
+@pytest.fixture
+def network(engine: Engine) -> Iterator[Any]:
+    """
+    Have one more network, which the test may remove.
+    """
+    ipam = IPAMConfig(pool_configs=[IPAMPool(subnet="198.18.70.0/24")])
+    network = engine.api.networks.create("vanishes", driver="bridge", ipam=ipam)
+    yield network
+    with contextlib.suppress(docker.errors.NotFound):
+        network.remove()
+
+
+def address_in(app: App, network: Any) -> str:
+    app.container.reload()
+    return app.container.attrs["NetworkSettings"]["Networks"][network.name]["IPAddress"]
 
 
 def next_table(sniroute: Sniroute, seen: int, change: str) -> dict[str, Any]:
@@ -134,3 +164,59 @@ def test_a_container_that_stops_is_refused(
     app.wait_until_serving(HOST)
 
     assert "one" == fetch.fetch(engine.client, engine.front, HOST, app.root).app
+
+
+def test_a_client_hears_of_a_container_that_is_killed(
+    engine: Engine, run_app: RunApp, sniroute: Sniroute
+) -> None:
+    """
+    A container is killed and removed, and a client whose packets are translated learns of it.
+    """
+    app = run_app("one", {"sniroute.host": HOST})
+    sniroute.wait_for_route(HOST, app.address)
+
+    with fetch.connect(engine.client, engine.front, HOST, app.root) as sock:
+        fetch.get(sock, HOST)
+        client = sock.getsockname()[:2]
+        sock.settimeout(HEARD)
+        app.container.kill()
+        with contextlib.suppress(ConnectionResetError, ssl.SSLEOFError):
+            assert b"" == sock.recv(1)
+        app.remove()
+
+    assert "packet" == access_line(sniroute, client)["handoff"]
+
+
+def test_a_client_hears_of_a_container_that_says_nothing(
+    engine: Engine, run_app: RunApp, sniroute: Sniroute, network: Any
+) -> None:
+    """
+    A container loses its network, which is removed, so not even its kernel can speak to a client.
+
+    The client, in the middle of a connection that is translated, is reset all the same; another
+    container's client is not.
+    """
+    app = run_app("one", {"sniroute.host": HOST})
+    gone = run_app("gone", {"sniroute.host": GONE, "sniroute.network": network.name})
+    network.connect(gone.container)
+    sniroute.wait_for_route(HOST, app.address)
+    sniroute.wait_for_route(GONE, address_in(gone, network))
+
+    with (
+        fetch.connect(engine.client, engine.front, GONE, gone.root) as sock,
+        fetch.connect(engine.client, engine.front, HOST, app.root) as other,
+    ):
+        fetch.get(sock, GONE)
+        fetch.get(other, HOST)
+        client = sock.getsockname()[:2]
+        network.disconnect(gone.container, force=True)
+        network.remove()
+        heard, _, _ = select.select([sock], [], [], HEARD)
+
+        assert [sock] == heard
+        with pytest.raises(ConnectionResetError):
+            # of TLS it would be an end like any other
+            os.read(sock.fileno(), 1)
+        assert fetch.get(other, HOST)
+    line = access_line(sniroute, client)
+    assert ("packet", "backend_gone") == (line["handoff"], line["reason"])

@@ -179,7 +179,8 @@ def test_a_container_with_two_families_sees_clients_of_both(
 
         assert own == client[0]
         expect_seen(witness, client)
-        assert ("transparent", witness.address(networks.dual, key)) == (
+        assert ("packet", "transparent", witness.address(networks.dual, key)) == (
+            line["handoff"],
             line["client_ip"],
             line["backend_address"],
         )
