@@ -15,6 +15,7 @@ from controller.router._native import ffi
 from prometheus_client import Metric
 from pydantic import ByteSize
 
+from bpfprog.packet import _REASONS as REASONS
 from controller import cli
 from controller.core.clientip import Choice
 from controller.core.labels import read_labels
@@ -183,6 +184,21 @@ def test_metrics(router: Router, tmp_path: Path) -> None:
     control.close()
 
     assert expected == table("Metrics")
+
+
+def test_packet_refusals() -> None:
+    """
+    Each reason for which a connection is not handed over as packets has its row.
+    """
+    reasons = {*REASONS.values(), *WORDS_OF_THE_RUNG} - {"ok"}
+
+    assert sorted(reasons) == sorted(
+        word for row in table("Not every connection") for word in words(row[0])
+    )
+
+
+WORDS_OF_THE_RUNG = {"off", "not_drained"}
+"""What refuses a connection before the kernel is asked."""
 
 
 def test_access_log(router: Router) -> None:
