@@ -123,8 +123,7 @@ def test_flows_need_no_router(client_ip: str, how: str, lab: PacketLab) -> None:
     assert {(HANDOFF, "app.example.com"), (HANDOFF, "app6.example.com")} == {
         (line["handoff"], line["route"]) for line in lines
     }
-    # whose a reset was nobody was there to hear
-    assert Counter(client_fin=len(living) + 1, reset=1) == Counter(x["reason"] for x in lines)
+    assert Counter(client_fin=len(living) + 1, client_rst=1) == Counter(x["reason"] for x in lines)
     assert len(living) == sum(line["bytes_out"] == 1000 + 2 * PIECE for line in lines)
 
 
