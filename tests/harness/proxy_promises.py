@@ -6,6 +6,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import pytest
@@ -122,11 +123,12 @@ class ProxyPromises(Promises):
             # as much as the sockets take before anybody accepts, the rest later
             sent = client.send(HEADERS[2] + HELLO + data)
             client.settimeout(PATIENCE)
-            with backend.accept() as end:
-                client.sendall((HEADERS[2] + HELLO + data)[sent:])
-                client.shutdown(socket.SHUT_WR)
+            with backend.accept() as end, ThreadPoolExecutor(1) as writer:
+                writing = writer.submit(end_with, client, (HEADERS[2] + HELLO + data)[sent:])
 
                 assert receive_digest(end) == (size, hashlib.sha256(data).hexdigest())
+
+                writing.result()
 
     @pytest.mark.parametrize(
         "data",
@@ -196,6 +198,14 @@ class ProxyPromises(Promises):
                     assert (header.source, header.destination) == (source, destination)
                     assert header.authority == (NAME if version == "v2" else None)
                     assert got[header.size :] == HELLO + b"more"
+
+
+def end_with(client: socket.socket, data: bytes) -> None:
+    """
+    Send *data* and a FIN.
+    """
+    client.sendall(data)
+    client.shutdown(socket.SHUT_WR)
 
 
 def refusals(product: Product) -> dict[str, float]:
