@@ -991,6 +991,20 @@ static __always_inline int forget(struct flow *flow)
 	return NEXT;
 }
 
+static __always_inline int read_ack(struct __sk_buff *skb, const struct packet *packet, __u32 *ack)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct tcp *tcp;
+
+	if (packet->l4 > MAX_OFFSET)
+		return -1;
+	tcp = data + packet->l4;
+	if ((void *)(tcp + 1) > end)
+		return -1;
+	*ack = bpf_ntohl(tcp->ack);
+	return 0;
+}
+
 SEC("tc")
 int ingress(struct __sk_buff *skb)
 {
@@ -1030,6 +1044,9 @@ int ingress(struct __sk_buff *skb)
 		/* the host answers with a RST to what is addressed to it */
 		if (!flow->transparent || end == CLIENT_END)
 			return NEXT;
+		/* one that has not believed a RST tells the number that it waits for (RFC 5961) */
+		if (packet.flags & ACK && !read_ack(skb, &packet, &ack))
+			flow->ways[end].acked = ack;
 		tell_of(flow, number, EVENT_UNANSWERED, end);
 		return DROP;
 	default:
@@ -1040,15 +1057,8 @@ int ingress(struct __sk_buff *skb)
 		return DROP;
 	}
 	if (state == FLOW_HELLO && end == BACKEND_END && packet.flags & ACK) {
-		void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
-		struct tcp *tcp;
-
-		if (packet.l4 > MAX_OFFSET)
+		if (read_ack(skb, &packet, &ack))
 			return DROP;
-		tcp = data + packet.l4;
-		if ((void *)(tcp + 1) > data_end)
-			return DROP;
-		ack = bpf_ntohl(tcp->ack);
 		/* Mostly that is so before the router has come to wait for it. */
 		if (!behind(flow->hello_end, ack) && leave(flow, FLOW_HELLO, FLOW_OPEN) &&
 		    *(volatile __u8 *)&flow->awaited)
