@@ -229,7 +229,8 @@ class Router:
                 self.loop.forget(listener.fileno())
 
     def _resume(self) -> None:
-        if self._accepting:
+        # flows that are adopted may end before there is anything to accept from
+        if self._accepting or not self.listeners:
             return
         self._accepting = True
         for listener in self.listeners:
