@@ -103,11 +103,14 @@ class Packet:
     The loaded programs with their maps.
     """
 
-    def __init__(self, directory: Path, owner: int, path: Path = OBJECT) -> None:
+    def __init__(
+        self, directory: Path, owner: int, path: Path = OBJECT, *, has_tcx: bool = True
+    ) -> None:
         """
         Load the programs, with the maps that are pinned in *directory* of a bpffs, or new ones.
 
-        *owner* is which of the rings is this process's, below MAX_OWNERS.
+        *owner* is which of the rings is this process's, below MAX_OWNERS.  Without *has_tcx* they
+        are attached as on kernels before 6.6, to the qdisc clsact.
 
         Raises:
             KernelError: that is not possible; the message says what and why.
@@ -116,6 +119,7 @@ class Packet:
         self._ring = ffi.NULL
         self._object = ffi.NULL
         self._links: dict[tuple[int, str], int] = {}
+        self._has_tcx = has_tcx
         self._classic: set[int] = set()
         self._maps: list[Any] = []
         lib.splice_log_start()
@@ -241,6 +245,9 @@ class Packet:
         return self.directory / f"{hook}-{device}"
 
     def _attach(self, device: int) -> None:
+        if not self._has_tcx:
+            self._attach_classic(device)
+            return
         for hook, kind in (("ingress", lib.TCX_INGRESS), ("egress", lib.TCX_EGRESS)):
             program, pin = self._program(hook), self._pin(hook, device)
             link = lib.bpf_obj_get(os.fsencode(pin))
@@ -254,7 +261,8 @@ class Packet:
                 link = -1
             if link < 0:
                 link = lib.bpf_link_create(program, device, kind, ffi.NULL)
-                if link == -errno.EINVAL and not self._links:
+                if link == -errno.EINVAL:
+                    self._has_tcx = False
                     self._attach_classic(device)
                     return
                 check(link, f"attach to device {device}")

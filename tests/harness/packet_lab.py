@@ -5,6 +5,7 @@ A lab whose host hands connections over as packets, and connections through it.
 import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -15,7 +16,7 @@ import pytest
 from controller.core.routes import RouteTable
 from controller.core.wire import dump_table, read_routes
 from harness import loopback, operate, rough
-from harness.ends import HELLO, NAME, Backend, client_hello
+from harness.ends import HELLO, NAME, Backend, client_hello, read_exactly
 from harness.lab import CLIENT, EDGE, FRONT, Container, Lab, access_line, route
 from harness.loopback import Address, Product
 from harness.machines import Here, Machine
@@ -24,6 +25,7 @@ from harness.promises import Promises
 from harness.rough import Weather
 from harness.sockets import switch_offloads_off
 from harness.tools import HarnessError, run, wait_for
+from harness.transfer_promises import BLOCK
 
 HANDOFF = "packet"
 
@@ -372,3 +374,23 @@ class InLab(Promises):
             with cls.world.host.network():
                 product = stack.enter_context(run)
             yield product
+
+
+def exchange(ends: Ends, size: int) -> None:
+    """
+    Send *size* bytes each way at once, and check that they arrive whole.
+    """
+    data = BLOCK[:size]
+    with ThreadPoolExecutor(2) as writers:
+        writing = [writers.submit(end.sendall, data) for end in ends]
+        for end in ends:
+            assert data == read_exactly(end, size)
+        for written in writing:
+            written.result()
+
+
+def told(sniroute: Sniroute) -> list[dict[str, Any]]:
+    """
+    Read the lines in the log of connections that have ended.
+    """
+    return [line for line in sniroute.log() if line["event"] == "connection"]

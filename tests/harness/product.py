@@ -83,6 +83,18 @@ class Sniroute:
         if self._process.returncode is None:
             self.stop()
 
+    def is_running(self) -> bool:
+        """
+        Tell whether it has not ended.
+        """
+        return self._process.poll() is None
+
+    def put_log_aside(self) -> None:
+        """
+        Leave the log's name to another product of the same engine.
+        """
+        self._log = self._log.rename(self._log.with_suffix(".old"))
+
     def stop(self) -> None:
         """
         Ask it to end and wait until it has.

@@ -29,12 +29,12 @@ from harness.lab import CLIENT, FRONT, Container
 from harness.packet_lab import (
     HANDOFF,
     VERSIONS,
-    Ends,
     House,
     PacketLab,
+    exchange,
+    told,
     write_routes,
 )
-from harness.product import Sniroute
 from harness.tools import HarnessError, wait_for
 from harness.transfer_promises import BLOCK
 
@@ -60,19 +60,6 @@ def house() -> Iterator[House]:
     """
     with PacketLab() as lab, House.running(lab) as house:
         yield house
-
-
-def exchange(ends: Ends, size: int) -> None:
-    """
-    Send *size* bytes each way at once, and check that they arrive whole.
-    """
-    data = BLOCK[:size]
-    with ThreadPoolExecutor(2) as writers:
-        writing = [writers.submit(end.sendall, data) for end in ends]
-        for end in ends:
-            assert data == read_exactly(end, size)
-        for written in writing:
-            written.result()
 
 
 # --- the router ---
@@ -125,13 +112,6 @@ def test_flows_need_no_router(client_ip: str, how: str, lab: PacketLab) -> None:
     }
     assert Counter(client_fin=len(living) + 1, client_rst=1) == Counter(x["reason"] for x in lines)
     assert len(living) == sum(line["bytes_out"] == 1000 + 2 * PIECE for line in lines)
-
-
-def told(sniroute: Sniroute) -> list[dict[str, Any]]:
-    """
-    Read the lines in the log of connections that have ended.
-    """
-    return [line for line in sniroute.log() if line["event"] == "connection"]
 
 
 # --- killed at any instant ---

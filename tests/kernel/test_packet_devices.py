@@ -1,0 +1,85 @@
+"""
+The programs on the devices: as kernels before TCX had them, and while one router follows another.
+"""
+
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from harness.lab import Lab
+from harness.packet_lab import HANDOFF, VERSIONS, House, PacketLab, exchange, told, write_routes
+from harness.tools import wait_for
+
+from bpfprog import Packet
+
+DEVICES = ("br1", "out0")
+
+ACTIVE = "sniroute_connections_active"
+
+
+@pytest.fixture
+def lab() -> Iterator[PacketLab]:
+    """
+    A lab whose product hands over as packets.
+    """
+    with PacketLab() as lab:
+        yield lab
+
+
+def filters(lab: Lab, device: str) -> str:
+    """
+    List what the qdisc clsact of a device runs.
+    """
+    hooks = ("ingress", "egress")
+    return "".join(lab.host.run("tc", "filter", "show", "dev", device, hook) for hook in hooks)
+
+
+@VERSIONS
+def test_programs_need_no_tcx(version: int, lab: PacketLab) -> None:
+    """
+    Attached to clsact alone, they translate as ever; taken off, they leave no filter.
+    """
+    with House.running(lab) as house, house.joined(version) as ends:
+        exchange(ends, 1000)
+        wait_for("a note", lambda: lab.notes() == 1)
+        house.sniroute.stop()
+        (pins,) = (lab.bpffs / "sniroute").iterdir()
+        with lab.host.network(), Packet(pins, 31, has_tcx=False) as packet:
+            refused = packet.follow(map(socket.if_nametoindex, DEVICES))
+            for pin in pins.iterdir():
+                if pin.name.startswith(("ingress-", "egress-")):
+                    pin.unlink()
+            attached = [filters(lab, device) for device in DEVICES]
+            exchange(ends, 1_000_000)
+            packet.unpin()
+
+    assert {} == refused
+    assert all(text.count("bpf") for text in attached)
+    assert ["", ""] == [filters(lab, device) for device in DEVICES]
+
+
+@VERSIONS
+def test_a_replacement_leaves_flows_alone(version: int, lab: PacketLab) -> None:
+    """
+    A flow goes on while one router takes the place of another; its end is told by the new one.
+    """
+    flags = ("--drain", "1", "--hello-timeout", "1")
+    with House.running(lab, *flags) as house, house.joined(version) as ends:
+        exchange(ends, 1000)
+        wait_for("a note", lambda: lab.notes() == 1)
+        old = house.sniroute
+        old.put_log_aside()
+        with lab.product(*flags, "--replace", routes=write_routes(house.app)) as new:
+            while old.is_running():
+                exchange(ends, 1000)
+                time.sleep(0.1)
+            adopted = wait_for("the flow", lambda: new.metric(ACTIVE, handoff=HANDOFF))
+            exchange(ends, 1000)
+            ends[0].close()
+            ends[1].close()
+            (line,) = wait_for("its end", lambda: told(new))
+
+    assert 1 == adopted
+    assert HANDOFF == line["handoff"]
+    assert [] == told(old)
