@@ -99,7 +99,7 @@ struct tcp_options_received {
 } KERNEL;
 struct tcp_sock {
 	__u64 bytes_received;
-	__u32 write_seq, snd_una, rcv_nxt, copied_seq, tsoffset;
+	__u32 write_seq, snd_una, snd_wnd, rcv_nxt, copied_seq, tsoffset;
 	__u16 advmss;
 	__u8 ecn_flags;
 	__u8 tcp_usec_ts : 1;
@@ -218,6 +218,15 @@ static __always_inline void turn_round(const struct tuple *tuple, struct tuple *
 	other->to_port = tuple->from_port;
 }
 
+static __always_inline bool are_turned_round(const struct tuple *tuple, const struct tuple *other)
+{
+	__u32 differ = 0;
+
+	for (int i = 0; i < 4; i++)
+		differ |= (tuple->from[i] ^ other->to[i]) | (tuple->to[i] ^ other->from[i]);
+	return !differ && tuple->from_port == other->to_port && tuple->to_port == other->from_port;
+}
+
 static __noinline int tell(__u32 owner, struct flow_event *event)
 {
 	void *ring = bpf_map_lookup_elem(&rings, &owner);
@@ -250,7 +259,8 @@ static __always_inline bool end_flow(struct flow *flow, __u32 number, __u32 stat
 				     __u16 end)
 {
 	flow->changed = seconds();
-	if (!leave(flow, FLOW_OPEN, state) && !leave(flow, FLOW_HELLO, state) &&
+	/* in the order that states follow each other: none is left between two tries */
+	if (!leave(flow, FLOW_HELLO, state) && !leave(flow, FLOW_OPEN, state) &&
 	    (state == FLOW_ENDED || !leave(flow, FLOW_ENDED, state)))
 		return false;
 	if (kind == EVENT_RESET)
@@ -278,6 +288,7 @@ struct packet {
 	__u32 payload; /* bytes of TCP data */
 	__u32 header; /* bytes of the TCP header */
 	__u32 size; /* bytes of the IP packet, or of one that it is cut into */
+	__u32 seq;
 	__u8 protocol;
 	__u8 flags;
 	bool is_ipv6;
@@ -380,7 +391,8 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 				if (bpf_skb_load_bytes(skb, l4, head, sizeof(head)) || head[2] ||
 				    head[3] & 0xf8)
 					return -1;
-				packet->fragment = true;
+				/* all of a packet, or the first of several (RFC 6946) */
+				packet->fragment = head[3] & 1;
 				next = head[0];
 				l4 += 8;
 			}
@@ -409,6 +421,7 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 	header = tcp->words * 4;
 	packet->header = header;
 	packet->flags = tcp->flags;
+	packet->seq = bpf_ntohl(tcp->seq);
 	packet->tuple.from_port = tcp->from_port;
 	packet->tuple.to_port = tcp->to_port;
 	/* a length of 0: more than 64 KiB, put together by this host (BIG TCP) */
@@ -581,7 +594,9 @@ static __noinline int find_way(struct __sk_buff *skb, struct way *way, __u32 ifi
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return result;
 	way->ifindex = fib.ifindex;
-	way->mtu = fib.mtu_result;
+	/* else it still holds what was asked */
+	if (result == BPF_FIB_LKUP_RET_SUCCESS)
+		way->mtu = fib.mtu_result;
 	if (is_ipv6)
 		copy_address(way->next_hop, fib.ipv6_dst);
 	else
@@ -712,31 +727,50 @@ static __always_inline bool translate_usual(void *options, void *end, __u32 size
 	return true;
 }
 
+/* more than the window that was last seen: it may have been larger, and segments overtake */
+#define SLACK 131072
+
+/* Whether a number of *end*'s lies where its other end expects one.  Anyone can write addresses,
+ * but not this: what does not is still translated, and left to the other end, but nothing is noted.
+ */
+static __always_inline bool is_in_window(const struct flow *flow, __u32 end, __u32 number)
+{
+	const struct way *other = &flow->ways[!end];
+	__u32 acknowledged = other->acked + other->ack;
+
+	return number - acknowledged <= other->offered + SLACK || acknowledged - number <= SLACK;
+}
+
 /* What *end* has sent: how far it is, and whether the other one's FIN is acknowledged. */
 static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end,
-				      const struct packet *packet, __u32 seq, __u32 ack)
+				      const struct packet *packet, __u32 seq, __u32 ack,
+				      __u32 window)
 {
 	struct way *way = &flow->ways[end], *other = &flow->ways[!end];
 	__u32 next = way->next, upto = seq + packet->payload;
 
+	__sync_fetch_and_add(&way->packets, 1);
+	if (packet->flags & (SYN | RST) || !is_in_window(flow, end, upto))
+		return;
 	/* the FIN has a number, but is no byte */
 	if (way->fin_seen && behind(upto, way->fin - 1))
 		upto = way->fin - 1;
 	/* Every advance is added once, by whoever makes it; so the sum is exact. */
 	if (behind(upto, next) && __sync_val_compare_and_swap(&way->next, next, upto) == next)
 		__sync_fetch_and_add(&way->bytes, upto - next);
-	__sync_fetch_and_add(&way->packets, 1);
-	if (packet->flags & ACK) {
+	/* of no more than has been sent, and its FIN */
+	if (packet->flags & ACK && !behind(ack, other->next + other->seq + 1)) {
+		way->offered = window;
 		if (behind(ack, way->acked))
 			way->acked = ack;
 		if (other->fin_seen && !other->fin_acked && !behind(other->fin, ack + way->ack))
 			other->fin_acked = 1;
 	}
-	if (packet->flags & FIN && !way->fin_seen) {
+	if (packet->flags & FIN && !way->fin_acked) {
 		way->fin = upto + 1;
+		way->fin_seen = 1;
 		if (!other->fin_seen)
 			flow->first = end;
-		way->fin_seen = 1;
 	}
 	if (way->fin_acked && other->fin_acked)
 		end_flow(flow, number, FLOW_ENDED, EVENT_ENDED, end);
@@ -757,7 +791,7 @@ static __always_inline int translate(struct __sk_buff *skb, struct flow *flow, _
 {
 	struct way *way = &flow->ways[end];
 	void *data, *data_end;
-	__u32 l4 = packet->l4, now = seconds(), seq, ack, window, change = 0;
+	__u32 l4 = packet->l4, now = seconds(), seq, ack, window, offered = 0, change = 0;
 	struct tcp *tcp;
 	bool unusual = false;
 	__u16 was, is;
@@ -802,8 +836,8 @@ static __always_inline int translate(struct __sk_buff *skb, struct flow *flow, _
 		ADD(tcp->ack, way->ack, sum);
 	if (!(packet->flags & SYN)) {
 		was = tcp->window;
-		window = bpf_ntohs(was);
-		window = window << way->scale_from >> way->scale_to;
+		offered = bpf_ntohs(was) << way->scale_from;
+		window = offered >> way->scale_to;
 		if (window > 65535)
 			window = 65535;
 		/* what is open stays open, or nobody would ask again */
@@ -827,9 +861,9 @@ static __always_inline int translate(struct __sk_buff *skb, struct flow *flow, _
 	if (packet->header > TCP_LEN)
 		unusual = !translate_usual(tcp + 1, data_end, packet->header - TCP_LEN, way, &sum);
 
-	take_note(flow, number, end, packet, seq, ack);
 	if (packet->flags & RST && is_final(flow, end, seq))
 		end_flow(flow, number, FLOW_RESET, EVENT_RESET, end);
+	take_note(flow, number, end, packet, seq, ack, offered);
 
 	if (unusual)
 		sum += translate_options(skb, way, l4 + TCP_LEN, packet->header - TCP_LEN);
@@ -950,6 +984,7 @@ static __noinline int icmp6(struct __sk_buff *skb)
 	diff = bpf_csum_diff(to, 16, way->out.to, 16, 0);
 	if (bpf_l4_csum_replace(skb, at + 2, 0, diff, BPF_F_PSEUDO_HDR))
 		return DROP;
+	bpf_csum_update(skb, diff);
 	copy_address(to, way->out.to);
 	if (bpf_skb_store_bytes(skb, ETH_LEN + offsetof(struct ipv6, to), to, sizeof(to), 0))
 		return DROP;
@@ -1026,6 +1061,13 @@ int ingress(struct __sk_buff *skb)
 		return NEXT;
 	}
 	end &= 1;
+	/* an entry that is older than its flow; addresses that only look like these */
+	if (packet.is_ipv6 != flow->is_ipv6 ||
+	    !are_turned_round(&packet.tuple, &flow->ways[!end].out))
+		return NEXT;
+	/* nobody speaks for an end from elsewhere than where it is */
+	if (flow->ways[!end].ifindex && flow->ways[!end].ifindex != skb->ifindex)
+		return DROP;
 	state = *(volatile __u32 *)&flow->state;
 	switch (state) {
 	case FLOW_HELLO:
@@ -1053,7 +1095,8 @@ int ingress(struct __sk_buff *skb)
 		return NEXT;
 	}
 	if (packet.fragment) {
-		end_flow(flow, number, FLOW_RESET, EVENT_FRAGMENT, end);
+		if (is_in_window(flow, end, packet.seq))
+			end_flow(flow, number, FLOW_RESET, EVENT_FRAGMENT, end);
 		return DROP;
 	}
 	if (state == FLOW_HELLO && end == BACKEND_END && packet.flags & ACK) {
@@ -1295,6 +1338,7 @@ static __always_inline int make_flow(struct __sk_buff *skb, struct install *in, 
 	to_backend->next = client->copied_seq + in->hello;
 	to_backend->bytes = in->hello;
 	to_backend->acked = client->snd_una;
+	to_backend->offered = client->snd_wnd;
 
 	turn_round(&in->client, &to_client->out);
 	to_client->seq = down;
@@ -1304,6 +1348,7 @@ static __always_inline int make_flow(struct __sk_buff *skb, struct install *in, 
 	to_client->scale_to = BPF_CORE_READ_BITFIELD(client, rx_opt.rcv_wscale);
 	to_client->next = backend->copied_seq;
 	to_client->acked = backend->snd_una;
+	to_client->offered = backend->snd_wnd;
 
 	to_backend->tsecr = -to_client->tsval;
 	to_client->tsecr = -to_backend->tsval;
@@ -1332,10 +1377,13 @@ static __always_inline int make_flow(struct __sk_buff *skb, struct install *in, 
 		return INSTALL_BAD;
 	numbers[0] = 2 * in->flow + CLIENT_END;
 	numbers[1] = 2 * in->flow + BACKEND_END;
-	if (bpf_map_update_elem(&ends, &in->client, &numbers[0], BPF_NOEXIST))
+	if (bpf_map_update_elem(&ends, &in->client, &numbers[0], BPF_NOEXIST)) {
+		flow->state = FLOW_CLAIMED;
 		return INSTALL_TAKEN;
+	}
 	if (bpf_map_update_elem(&ends, &in->backend, &numbers[1], BPF_NOEXIST)) {
 		bpf_map_delete_elem(&ends, &in->client);
+		flow->state = FLOW_CLAIMED;
 		return INSTALL_TAKEN;
 	}
 	/* What came after the first look and before the entries is in the socket, and may have been
@@ -1344,6 +1392,7 @@ static __always_inline int make_flow(struct __sk_buff *skb, struct install *in, 
 	if (has_more(client, in->hello) || has_more(backend, 0)) {
 		bpf_map_delete_elem(&ends, &in->client);
 		bpf_map_delete_elem(&ends, &in->backend);
+		flow->state = FLOW_CLAIMED;
 		return INSTALL_EARLY_DATA;
 	}
 	return INSTALL_OK;

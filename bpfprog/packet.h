@@ -65,7 +65,7 @@ struct way {
 	__u32 acked; /* the highest number that this end has acknowledged */
 	__u32 fin; /* the sequence number behind the FIN */
 	__u32 heard; /* seconds of the monotonic clock: the last packet */
-	__u32 pad;
+	__u32 offered; /* bytes beyond `acked` that this end has last said it takes */
 	__u64 bytes;
 	__u64 packets;
 };

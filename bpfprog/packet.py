@@ -401,11 +401,11 @@ class Packet:
         """
         return bool(lib.packet_end(self._packet, number))
 
-    def reap(self, number: int) -> None:
+    def reap(self, number: int, serial: int) -> None:
         """
-        Free the place of a flow that has been over for QUARANTINE.
+        Free the place of a flow that has been over for QUARANTINE, unless it is another's by now.
         """
-        lib.packet_reap(self._packet, number)
+        lib.packet_reap(self._packet, number, serial)
 
     def numbers(self) -> list[int]:
         """

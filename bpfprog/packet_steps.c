@@ -135,8 +135,10 @@ static int64_t claim(struct packet *packet)
 		uint32_t number = packet->cursor++ % MAX_FLOWS;
 
 		if (packet->flows[number].state == FLOW_FREE &&
-		    leave_state(&packet->flows[number], FLOW_FREE, FLOW_CLAIMED))
+		    leave_state(&packet->flows[number], FLOW_FREE, FLOW_CLAIMED)) {
+			packet->flows[number].owner = packet->owner;
 			return number;
+		}
 	}
 	return -1;
 }
@@ -144,6 +146,8 @@ static int64_t claim(struct packet *packet)
 static void give_back(struct flow *flow)
 {
 	memset((char *)flow + sizeof(flow->state), 0, sizeof(*flow) - sizeof(flow->state));
+	/* nobody's, not even of owner 0, until whoever claims it has said so */
+	flow->owner = MAX_OWNERS;
 	__atomic_store_n(&flow->state, FLOW_FREE, __ATOMIC_RELEASE);
 }
 
@@ -290,9 +294,9 @@ static bool packet_end(struct packet *packet, uint32_t number)
 {
 	struct flow *flow = &packet->flows[number];
 
-	if (!leave_state(flow, FLOW_OPEN, FLOW_RESET) &&
-	    !leave_state(flow, FLOW_HELLO, FLOW_RESET) &&
-	    !leave_state(flow, FLOW_ENDED, FLOW_RESET))
+	/* in the order that they follow each other: none is left between two tries */
+	if (!leave_state(flow, FLOW_HELLO, FLOW_RESET) &&
+	    !leave_state(flow, FLOW_OPEN, FLOW_RESET) && !leave_state(flow, FLOW_ENDED, FLOW_RESET))
 		return false;
 	flow->changed = now_seconds();
 	return true;
@@ -306,19 +310,30 @@ static void turn_round(const struct tuple *tuple, struct tuple *other)
 	other->to_port = tuple->from_port;
 }
 
-/* Free a flow that has been over for long enough, or has never begun. */
-static void packet_reap(struct packet *packet, uint32_t number)
+/* Free a flow that has been over for long enough, or has never begun; one that is not the same any
+ * more, or is under way, is left alone.
+ */
+static void packet_reap(struct packet *packet, uint32_t number, uint64_t serial)
 {
 	struct flow *flow = &packet->flows[number];
+	uint32_t state = flow->state;
 
-	/* who is first, this or a new connection's SYN, deletes the addresses */
+	if (flow->serial != serial || state == FLOW_FREE || state == FLOW_HELLO ||
+	    state == FLOW_OPEN)
+		return;
+	/* who is first, this or a new connection's SYN, deletes the addresses; a router may have
+	 * ended at it
+	 */
 	if (leave_state(flow, FLOW_ENDED, FLOW_REAPED) ||
-	    leave_state(flow, FLOW_RESET, FLOW_REAPED)) {
+	    leave_state(flow, FLOW_RESET, FLOW_REAPED) || state == FLOW_REAPED) {
 		for (int i = 0; i < 2; i++) {
 			struct tuple end;
+			uint32_t found;
 
 			turn_round(&flow->ways[i].out, &end);
-			bpf_map_delete_elem(packet->ends, &end);
+			if (!bpf_map_lookup_elem(packet->ends, &end, &found) &&
+			    found >> 1 == number)
+				bpf_map_delete_elem(packet->ends, &end);
 		}
 	}
 	bpf_map_delete_elem(packet->notes, &number);

@@ -3,6 +3,7 @@ The router process: take what privileges it needs, prove the hand-offs, serve, a
 """
 
 import errno
+import fcntl
 import gc
 import os
 import resource
@@ -10,15 +11,18 @@ import select
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 import structlog
 from pydantic import ValidationError
 
-from bpfprog import CAPABILITIES, MAX_OWNERS, STAND_IN, KernelError, Packet, Splice
+from bpfprog import CAPABILITIES, STAND_IN, KernelError, Packet, Splice
 from controller import log, privilege
 from controller.core.wire import WireError
 from controller.router import pins
@@ -31,6 +35,7 @@ from controller.router.listen import name as socket_name
 from controller.router.loop import Loop
 from controller.router.metrics import serve
 from controller.router.packet import PacketHandoff
+from controller.router.ports import Ports
 from controller.router.relay import RelayHandoff
 from controller.router.replace import Predecessor, find
 from controller.router.router import OWNERS, Router
@@ -38,6 +43,9 @@ from controller.router.selftest import SelfTestFailed, prove, prove_packet
 from controller.router.sockmap import SockmapHandoff
 from controller.router.workers import NotStarted, WorkerControl, Workers, start_nursery
 from controller.settings import ClientIp, HandoffChoice, RouterSettings
+
+LAST_BREATH: Final = 2.0
+"""Seconds that a killed router's workers have to end, which hold its flows as long as they live."""
 
 BIND: Final = "NET_BIND_SERVICE"
 
@@ -94,10 +102,10 @@ def _serve(settings: RouterSettings) -> None:
     predecessor = _predecessor(settings)
     replacing = predecessor is not None
     beside = predecessor.sockets if predecessor is not None else ()
-    # none of those that the old router has, which is still at work
-    owner = 0 if predecessor is None else (predecessor.owner + OWNERS) % MAX_OWNERS
     # first: who has the name has the place, and with it the pins
     place = listen(settings.control, replacing=replacing)
+    half, alone = _take_half(settings.control, predecessor)
+    owner = half * OWNERS
     groups = _bind(settings, beside)
 
     def work(worker: int, link: socket.socket) -> int:
@@ -106,7 +114,7 @@ def _serve(settings: RouterSettings) -> None:
             predecessor.forget()
         log.configure("router", settings.log_level, worker=worker)
         make = partial(_make, settings, capabilities, shares[worker], worker, owner + worker)
-        status = _run(partial(_work, make, groups[worker], link, replacing=replacing))
+        status = _run(partial(_work, make, groups[worker], link))
         log.finish()
         return status
 
@@ -126,6 +134,9 @@ def _serve(settings: RouterSettings) -> None:
         if reports is not None:
             workers.start(reports)
         _open(router, control, workers, groups[0], predecessor)
+        if alone:
+            # it asks the loop, and the workers
+            threading.Thread(target=control.settle, args=(1 - half,), daemon=True).start()
         logger.info(
             "router ready",
             version=name,
@@ -143,6 +154,51 @@ def _serve(settings: RouterSettings) -> None:
     logger.info("router stopped")
 
 
+def _take_half(control: Path, predecessor: Predecessor | None) -> tuple[int, bool]:
+    """
+    Take a half of the owners of flows, for as long as this process or one of its workers lives.
+
+    Returns:
+        Which, and whether the other is nobody's.
+
+    Raises:
+        NotPossible: routers that are still at work have both.
+    """
+    if predecessor is not None:
+        half = 1 - predecessor.owner // OWNERS
+        if _lock(control, half) < 0:
+            raise NotPossible("a router that ran here before is still at work: try again later")
+        return half, False
+    until = time.monotonic() + LAST_BREATH
+    while True:
+        locks = _lock(control, 0), _lock(control, 1)
+        mine = 0 if locks[0] >= 0 else 1
+        if min(locks) >= 0 or (max(locks) >= 0 and time.monotonic() > until):
+            if locks[1 - mine] >= 0:
+                os.close(locks[1 - mine])
+            return mine, min(locks) >= 0
+        for fd in locks:
+            if fd >= 0:
+                os.close(fd)
+        if time.monotonic() > until:
+            raise NotPossible("routers that ran here before are still at work: try again later")
+        time.sleep(0.05)
+
+
+def _lock(control: Path, half: int) -> int:
+    """
+    Lock the file that stands for *half* of the owners; its descriptor, or -1 if it is locked.
+    """
+    path = control.with_name(f"{control.name}.{half}")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return -1
+    return fd
+
+
 def _open(
     router: Router,
     control: Control,
@@ -156,15 +212,15 @@ def _open(
     if predecessor is not None:
         control.take_over()
     _confine()
-    if predecessor is None:
-        # whoever ran before in this place has ended
-        router.adopt(lambda _: True)
+    router.adopt_own_half()
     router.listen(listeners, workers.listeners)
     workers.serve()
     if predecessor is not None:
         settle = partial(control.settle, predecessor.owner // OWNERS)
         sockets = [*router.held, *([control.metrics.socket] if control.metrics else [])]
         predecessor.switch(sockets, router.transparency.plumbed, settle)
+        if router.packet is not None:
+            router.packet.stay()
 
 
 def _make(
@@ -194,8 +250,6 @@ def _work(
     make: Callable[[], Router],
     listeners: Sequence[socket.socket],
     link: socket.socket,
-    *,
-    replacing: bool,
 ) -> None:
     """
     Be a further worker, until worker 0 has it drain.
@@ -207,8 +261,7 @@ def _work(
     try:
         router.transparency.start()
         _confine()
-        if not replacing:
-            router.adopt(lambda _: True)
+        router.adopt_own_half()
         control.attend(link)
         _go(router)
     finally:
@@ -343,6 +396,10 @@ def _choose(
                 handoff.on_drained = router.devices.stop
             handoff.on_freed = router.freed
             handoff.keeps_pins = not router.worker
+            handoff.ports = Ports(packet.owner // OWNERS, router.worker, settings.workers)
+            if settings.replace:
+                # the pins are the old router's until the switch
+                handoff.leave()
             router.packet = handoff
             ladder.insert(0, handoff)
         except (SelfTestFailed, OSError) as err:

@@ -89,7 +89,7 @@ class PacketHandoff:
         self._serial = time.time_ns()
         self._waiting: deque[tuple[float, PacketFlow]] = deque()
         self._unnoted: deque[tuple[float, Connection]] = deque()
-        self._over: deque[tuple[float, int]] = deque()
+        self._over: deque[tuple[float, int, int]] = deque()
         self._lost = packet.lost_events
         self._ticks = 0
         self._conntrack = _open_conntrack()
@@ -185,10 +185,10 @@ class PacketHandoff:
                 continue
             self.packet.adopt(number)
             if native.state == State.CLAIMED:
-                self.packet.reap(number)
+                self.packet.reap(number, native.serial)
                 continue
             if native.told:
-                self._over.append((self.loop.now, number))
+                self._over.append((self.loop.now, number, native.serial))
                 continue
             flow = PacketFlow(self, number, None, forgotten, 0)
             flow.hear_of_end(enter(flow, self.packet.read_note(number)))
@@ -225,6 +225,12 @@ class PacketHandoff:
         """
         self._is_left = True
 
+    def stay(self) -> None:
+        """
+        Take note that they are this router's own.
+        """
+        self._is_left = False
+
     def close(self) -> None:
         """
         Leave nothing behind; but if there are flows, all: they go on, for the next router.
@@ -257,18 +263,47 @@ class PacketHandoff:
         for event in self.packet.events():
             flow = self.flows.get(event.flow)
             if flow is not None:
-                flow.hear(event)
-            elif event.kind == Kind.UNANSWERED:
+                self._guarded(partial(flow.hear, event), flow)
+            elif event.kind == Kind.UNANSWERED and (
+                self.packet.flow(event.flow).state == State.RESET
+            ):
                 self.reset(event.flow, event.end)
-        if self._lost != self.packet.lost_events:
-            self._lost = self.packet.lost_events
-            for flow in tuple(self.flows.values()):
-                flow.look()
+
+    def _guarded(self, action: Callable[[], None], flow: "PacketFlow") -> None:
+        """
+        Have a fault cost one flow, and none of the others whose events came with it.
+        """
+        try:
+            action()
+        except Exception as err:  # noqa: BLE001 - as in the loop, whose handler this is
+            self.loop.fault(flow.hear, err)
 
     def _tick(self) -> None:
         self.loop.later(TICK, self._tick)
         now = self.loop.now
         self._tracks = self._conntrack is not None and _is_tracking()
+        # not at each event: whoever makes events come thick could have us look all the time
+        if self._lost != self.packet.lost_events:
+            self._lost = self.packet.lost_events
+            for flow in tuple(self.flows.values()):
+                self._guarded(flow.look, flow)
+        self._look_at_waiting(now)
+        self._reap(QUARANTINE)
+        drained = not self.is_on and self.keeps_pins and not self._is_left
+        if drained and not self.detached and not self.packet.numbers():
+            self.detached = True
+            self.on_drained()
+            self.packet.unpin()
+        self._ticks += 1
+        if self._ticks % IDLE_TICKS == 0:
+            for number in self.packet.idle(max(0, int(time.monotonic() - self.idle))):
+                if number in self.flows:
+                    self.flows[number].cut("idle")
+
+    def _look_at_waiting(self, now: float) -> None:
+        """
+        See to flows whose hello is not acknowledged in time, and note those that last.
+        """
         waiting = self._waiting
         while waiting and (waiting[0][1].is_open or now > waiting[0][0]):
             flow = waiting.popleft()[1]
@@ -280,16 +315,6 @@ class PacketHandoff:
             lasting = connection.flow
             if isinstance(lasting, PacketFlow) and not lasting.session.over:
                 self.packet.note(lasting.number, connection.note())
-        self._reap(QUARANTINE)
-        if not self.is_on and not self.detached and self.keeps_pins and not self.packet.numbers():
-            self.detached = True
-            self.on_drained()
-            self.packet.unpin()
-        self._ticks += 1
-        if self._ticks % IDLE_TICKS == 0:
-            for number in self.packet.idle(max(0, int(time.monotonic() - self.idle))):
-                if number in self.flows:
-                    self.flows[number].cut("idle")
 
     # --- ends ---
 
@@ -298,9 +323,10 @@ class PacketHandoff:
         Take note of the end of *flow*: its number is free after a while.
         """
         del self.flows[flow.number]
-        self.packet.flow(flow.number).told = 1
+        native = self.packet.flow(flow.number)
+        native.told = 1
         self.ports.give_back(flow.entry)
-        self._over.append((self.loop.now, flow.number))
+        self._over.append((self.loop.now, flow.number, native.serial))
         if len(self._over) > CROWDED:
             self._reap(SETTLED)
 
@@ -310,7 +336,7 @@ class PacketHandoff:
         """
         over, until = self._over, self.loop.now - age
         while over and over[0][0] <= until:
-            self.packet.reap(over.popleft()[1])
+            self.packet.reap(*over.popleft()[1:])
 
     def reap_now(self) -> None:
         """

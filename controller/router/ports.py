@@ -7,6 +7,7 @@ to no one who does not ask for it, and none that a flow to the same backend has.
 """
 
 import itertools
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -43,13 +44,19 @@ class Ports:
     An entry is the router's address and the backend's, with ports, as in a `struct tuple`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, half: int = 0, worker: int = 0, workers: int = 1) -> None:
+        """
+        Choose among the ports of one of several *workers*, of a router that has this *half*.
+
+        Nobody knows the flows of another, so what each chooses from is its own; the halves are for
+        a router and the one that takes its place.
+        """
         try:
             first, last = map(int, _RANGE.read_text().split())
         except (OSError, ValueError):
             first, last = 32768, 60999
-        self._cycle = itertools.cycle(choose_range((first, last)))
-        self._busy: set[bytes] = set()
+        self._cycle = itertools.cycle(choose_range((first, last))[half::2][worker::workers])
+        self._busy: Counter[bytes] = Counter()
 
     def take(self, entry: bytes) -> None:
         """
@@ -62,7 +69,11 @@ class Ports:
         """
         Take note that a flow is over.
         """
-        self._busy.difference_update((entry, entry[16:]))
+        for key in (entry, entry[16:]):
+            if self._busy[key] > 1:
+                self._busy[key] -= 1
+            else:
+                del self._busy[key]
 
     def choose(self, backend: tuple[bytes, int]) -> int:
         """

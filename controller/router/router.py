@@ -385,6 +385,13 @@ class Router:
             log.info("flows adopted", flows=adopted)
             self._cut_off()
 
+    def adopt_own_half(self) -> None:
+        """
+        Take over what an earlier router, or this worker before it was restarted, has left.
+        """
+        if self.packet is not None:
+            self.adopt_half(self.packet.packet.owner // OWNERS)
+
     def adopt_half(self, half: int) -> None:
         """
         Take over those of a router that was replaced; *half* of the owners were its own.

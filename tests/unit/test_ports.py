@@ -42,13 +42,13 @@ def test_no_port_of_a_flow_is_chosen_for_the_same_backend() -> None:
     """
     ports = Ports()
     first = ports.choose(BACKEND)
-    for port in range(first + 1, first + 4):
+    for port in range(first + 2, first + 8, 2):
         ports.take(entry((CLIENT[0], port), BACKEND))
     other = ports.choose((BACKEND[0], 8443))
     next_one = ports.choose(BACKEND)
 
-    assert first + 1 == other
-    assert first + 4 == next_one
+    assert first + 2 == other
+    assert first + 8 == next_one
 
 
 def test_a_clients_own_port_is_free_unless_it_has_a_flow_there() -> None:
@@ -73,7 +73,17 @@ def test_a_search_ends() -> None:
     """
     ports = Ports()
     first = ports.choose(BACKEND)
-    for port in range(first, first + TRIES + 2):
+    for port in range(first, first + 2 * TRIES + 2):
         ports.take(entry((CLIENT[0], port), BACKEND))
 
     assert 0 == ports.choose(BACKEND)
+
+
+def test_routers_and_workers_choose_from_different_ports() -> None:
+    """
+    None knows what the others have chosen: two workers, and those that take their place.
+    """
+    several = [Ports(half, worker, 2) for half in (0, 1) for worker in (0, 1)]
+    chosen = [{ports.choose(BACKEND) for _ in range(1000)} for ports in several]
+
+    assert 4000 == len(set().union(*chosen))
