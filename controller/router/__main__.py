@@ -237,6 +237,7 @@ def _make(
     if lib.hello_init():
         raise NotPossible("OpenSSL does not start")
     router = Router(settings, loop, max_connections, worker)
+    router.owner = owner
     splice, refusal = _load(settings.handoff, capabilities)
     packet, no_packet = _load_packet(settings, owner)
     # loaded and bound: joining sockets needs no privilege, only a client's address does

@@ -311,9 +311,11 @@ class Control:
             return {"type": "nack", "error": f"it {busy} right now: try again when that has ended"}
         self._successor = peer
         listeners = [*self._router.held, *([self.metrics.socket] if self.metrics else [])]
-        packet = self._router.packet
-        owner = packet.packet.owner if packet is not None else 0
-        return {"type": "listening", "sockets": Counter(map(name, listeners)), "owner": owner}
+        return {
+            "type": "listening",
+            "sockets": Counter(map(name, listeners)),
+            "owner": self._router.owner,
+        }
 
     def _switched(self, peer: "Peer", message: wire.Message) -> wire.Message:
         """

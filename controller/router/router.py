@@ -92,6 +92,7 @@ class Router:
         self.settings = settings
         self.loop = loop
         self.worker = worker
+        self.owner = 0
         self.others: set[int] = set()
         self.max_connections = min(max_connections, MAX_CONNECTIONS)
         self.table = RouteTable(0, ())
@@ -389,8 +390,7 @@ class Router:
         """
         Take over what an earlier router, or this worker before it was restarted, has left.
         """
-        if self.packet is not None:
-            self.adopt_half(self.packet.packet.owner // OWNERS)
+        self.adopt_half(self.owner // OWNERS)
 
     def adopt_half(self, half: int) -> None:
         """
