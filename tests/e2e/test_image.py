@@ -212,7 +212,8 @@ def test_a_download_outlives_the_container(engine: Engine, run_app: RunApp, cont
     assert 1 == container.logs().decode().count('"event":"flows adopted"')
     assert [before[name] for name in SAME] == [after[name] for name in SAME]
     line = wait_for(
-        "the end in the log", lambda: [x for x in ends(container) if x.get("bytes_out", 0) > len(BLOB)]
+        "the end in the log",
+        lambda: [x for x in ends(container) if x.get("bytes_out", 0) > len(BLOB)],
     )
     assert [("packet", app.address)] == [(x["handoff"], x["backend_address"]) for x in line]
 

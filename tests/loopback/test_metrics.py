@@ -142,6 +142,8 @@ def test_names_and_labels_are_as_documented(product: Product, backend: Backend) 
     The page has the families of the README and no others, and their samples those labels.
     """
     rows = ROW.findall((REPOSITORY / "README.md").read_text())
+    # some are there only while packets are handed over
+    rows = [row for row in rows if not row[0].startswith("sniroute_packet_")]
     documented = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
     everything_happens(product, backend)
     with connection(product.listen, backend), Talk(product.control) as talk:
