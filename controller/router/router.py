@@ -446,7 +446,10 @@ class Router:
         waiting = select.poll()
         for listener in self.held:
             # who is given to one now, while they close one by one, would be lost
-            deafen(listener)
+            try:
+                deafen(listener)
+            except OSError as err:
+                log.warning("listener not deafened", error=err.strerror)
             waiting.register(listener, select.POLLIN)
         if waiting.poll(0):
             self.loop.later(ACCEPT_PAUSE, self._close_when_empty)
