@@ -2,7 +2,7 @@
 /* Turn two TCP connections into one: translate the packets of a client to its backend and back, so
  * that the router that joined them is no longer in their way.
  *
- * Three programs hang on devices and one is run by the router:
+ * Two programs hang on devices and two are run by the router:
  *
  *   ingress  notes which way SYNs come; translates the packets of flows, and sends them out
  *   egress   has the host say nothing on the addresses of a flow, but for the hello

@@ -219,8 +219,8 @@ def _open(
         settle = partial(control.settle, predecessor.owner // OWNERS)
         sockets = [*router.held, *([control.metrics.socket] if control.metrics else [])]
         predecessor.switch(sockets, router.transparency.plumbed, settle)
-        if router.packet is not None:
-            router.packet.stay()
+    if router.packet is not None:
+        router.packet.stay()
 
 
 def _make(
