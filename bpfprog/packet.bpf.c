@@ -258,7 +258,6 @@ static __always_inline bool leave(struct flow *flow, __u32 from, __u32 to)
 static __always_inline bool end_flow(struct flow *flow, __u32 number, __u32 state, __u16 kind,
 				     __u16 end)
 {
-	flow->changed = seconds();
 	/* in the order that states follow each other: none is left between two tries */
 	if (!leave(flow, FLOW_HELLO, state) && !leave(flow, FLOW_OPEN, state) &&
 	    (state == FLOW_ENDED || !leave(flow, FLOW_ENDED, state)))
@@ -446,6 +445,38 @@ struct options {
 	__u32 tsval, tsecr, ack;
 };
 
+/* what a change of *sum* at the offset *at* of the options adds to the checksum, whose words begin
+ * at even ones (RFC 1071, 2)
+ */
+static __always_inline __u32 at_offset(__u32 sum, __u32 at)
+{
+	__u16 half = fold16(sum);
+
+	return at & 1 ? (__u16)(half << 8 | half >> 8) : sum;
+}
+
+/* Read the head of the option that comes next, and go on behind it.
+ *
+ * Returns its kind, with its size and its offset; 0 at the end, or where it is not written as RFC
+ * 9293, 3.1 has it; 1 for a NOP.
+ */
+static __always_inline __u8 next_option(struct options *options, __u32 *at, __u32 *size)
+{
+	__u32 i = options->i;
+	__u8 head[2];
+
+	if (i + 2 > options->size || i >= MAX_OPTIONS)
+		return 0;
+	if (bpf_skb_load_bytes(options->skb, options->at + i, head, sizeof(head)))
+		return 0;
+	*at = i;
+	*size = head[0] == 1 ? 1 : head[1];
+	if (head[0] > 1 && (head[1] < 2 || i + head[1] > options->size))
+		return 0;
+	options->i = i + *size;
+	return head[0];
+}
+
 /* add to two words at an offset *at* of any alignment */
 static __always_inline int add_words(struct options *options, __u32 at, __u32 first, __u32 second)
 {
@@ -457,42 +488,23 @@ static __always_inline int add_words(struct options *options, __u32 at, __u32 fi
 	is[0] = bpf_htonl(bpf_ntohl(was[0]) + first);
 	is[1] = bpf_htonl(bpf_ntohl(was[1]) + second);
 	sum = fold32((__u64)(__u32)~was[0] + (__u32)~was[1] + is[0] + is[1]);
-	if (at & 1) {
-		__u16 half = fold16(sum);
-
-		sum = (__u16)(half << 8 | half >> 8);
-	}
-	options->sum += sum;
+	options->sum += at_offset(sum, at);
 	return bpf_skb_store_bytes(options->skb, options->at + at, is, sizeof(is), 0);
 }
 
 static long translate_option(__u32 n, struct options *options)
 {
-	__u32 i = options->i, size;
-	__u8 head[2];
+	__u32 at = 0, size = 0;
+	__u8 kind = next_option(options, &at, &size);
 
-	if (i + 2 > options->size || i >= MAX_OPTIONS)
-		return 1;
-	if (bpf_skb_load_bytes(options->skb, options->at + i, head, sizeof(head)))
-		return 1;
-	if (head[0] == 0)
-		return 1;
-	if (head[0] == 1) {
-		options->i = i + 1;
-		return 0;
-	}
-	size = head[1];
-	if (size < 2 || i + size > options->size)
-		return 1;
-	if (head[0] == 8 && size == 10) {
-		add_words(options, i + 2, options->tsval, options->tsecr);
-	} else if (head[0] == 5) {
+	if (kind == 8 && size == 10) {
+		add_words(options, at + 2, options->tsval, options->tsecr);
+	} else if (kind == 5) {
 		for (int block = 0; block < 4; block++)
 			if (size >= 10 + 8 * block)
-				add_words(options, i + 2 + 8 * block, options->ack, options->ack);
+				add_words(options, at + 2 + 8 * block, options->ack, options->ack);
 	}
-	options->i = i + size;
-	return 0;
+	return !kind;
 }
 
 static __noinline __u32 translate_options(struct __sk_buff *skb, struct way *way, __u32 at,
@@ -514,41 +526,21 @@ static long blank_option(__u32 n, struct options *options)
 {
 	static const __u8 nothing[12] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 };
 	__u8 was[12] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 };
-	__u32 i = options->i, size, sum;
-	__u8 head[2];
+	__u32 at = 0, size = 0;
+	__u8 kind = next_option(options, &at, &size);
 
-	if (i + 2 > options->size || i >= MAX_OPTIONS)
-		return 1;
-	if (bpf_skb_load_bytes(options->skb, options->at + i, head, sizeof(head)))
-		return 1;
-	if (head[0] == 0)
-		return 1;
-	if (head[0] == 1) {
-		options->i = i + 1;
-		return 0;
-	}
-	size = head[1];
-	if (size < 2 || i + size > options->size)
-		return 1;
-	options->i = i + size;
-	if (head[0] == 8 && size == 10 && options->tsval) {
-		if (bpf_skb_load_bytes(options->skb, options->at + i, was, 10) ||
-		    bpf_skb_store_bytes(options->skb, options->at + i, nothing, 10, 0))
+	if (kind == 8 && size == 10 && options->tsval) {
+		if (bpf_skb_load_bytes(options->skb, options->at + at, was, 10) ||
+		    bpf_skb_store_bytes(options->skb, options->at + at, nothing, 10, 0))
 			return 1;
-	} else if (head[0] == 4 && size == 2 && options->ack) {
-		if (bpf_skb_load_bytes(options->skb, options->at + i, was, 2) ||
-		    bpf_skb_store_bytes(options->skb, options->at + i, nothing, 2, 0))
+	} else if (kind == 4 && size == 2 && options->ack) {
+		if (bpf_skb_load_bytes(options->skb, options->at + at, was, 2) ||
+		    bpf_skb_store_bytes(options->skb, options->at + at, nothing, 2, 0))
 			return 1;
 	} else {
-		return 0;
+		return !kind;
 	}
-	sum = bpf_csum_diff((__be32 *)was, 12, (__be32 *)nothing, 12, 0);
-	if (i & 1) {
-		__u16 half = fold16(sum);
-
-		sum = (__u16)(half << 8 | half >> 8);
-	}
-	options->sum += sum;
+	options->sum += at_offset(bpf_csum_diff((__be32 *)was, 12, (__be32 *)nothing, 12, 0), at);
 	return 0;
 }
 
@@ -1370,7 +1362,7 @@ static __always_inline int make_flow(struct __sk_buff *skb, struct install *in, 
 		if (result)
 			return result;
 	}
-	to_backend->heard = to_client->heard = flow->changed = seconds();
+	to_backend->heard = to_client->heard = seconds();
 
 	if (!leave(flow, FLOW_CLAIMED,
 		   backend->snd_una == flow->hello_end ? FLOW_OPEN : FLOW_HELLO))

@@ -89,7 +89,6 @@ struct flow {
 	__u8 told; /* user space has told of its end */
 	__u8 awaited; /* user space wants to hear of EVENT_ACKED */
 	__u8 pad[1];
-	__u32 changed; /* seconds of the monotonic clock: ended, or reset */
 	struct way ways[2];
 };
 

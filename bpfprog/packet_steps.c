@@ -7,7 +7,6 @@
 #include <netinet/tcp.h>
 #include <stdbool.h>
 #include <sys/ioctl.h>
-#include <time.h>
 #include "packet.h"
 
 /* enum bpf_attach_type, which an older libbpf does not name */
@@ -281,25 +280,15 @@ static int packet_emit(struct packet *packet, void *data, uint32_t size, uint32_
 
 /* --- ends --- */
 
-static uint32_t now_seconds(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-	return now.tv_sec;
-}
-
 /* Stop translating; true unless that was so already. */
 static bool packet_end(struct packet *packet, uint32_t number)
 {
 	struct flow *flow = &packet->flows[number];
 
 	/* in the order that they follow each other: none is left between two tries */
-	if (!leave_state(flow, FLOW_HELLO, FLOW_RESET) &&
-	    !leave_state(flow, FLOW_OPEN, FLOW_RESET) && !leave_state(flow, FLOW_ENDED, FLOW_RESET))
-		return false;
-	flow->changed = now_seconds();
-	return true;
+	return leave_state(flow, FLOW_HELLO, FLOW_RESET) ||
+	       leave_state(flow, FLOW_OPEN, FLOW_RESET) ||
+	       leave_state(flow, FLOW_ENDED, FLOW_RESET);
 }
 
 static void turn_round(const struct tuple *tuple, struct tuple *other)
