@@ -88,7 +88,7 @@ struct flow {
 	__u8 first; /* the end that sent its FIN first, or the RST */
 	__u8 told; /* user space has told of its end */
 	__u8 awaited; /* user space wants to hear of EVENT_ACKED */
-	__u8 pad[1];
+	__u8 noted; /* there is a note of it */
 	struct way ways[2];
 };
 

@@ -14,6 +14,7 @@ Rules of this file:
 import contextlib
 import errno
 import os
+import struct
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
@@ -72,6 +73,11 @@ _REDIRECT: Final = 7
 """TC_ACT_REDIRECT."""
 
 _PINNED: Final = ("ends", "flows", "seen", "notes", "rings", "lost")
+
+_FLOW_SIZE: Final = ffi.sizeof("struct flow")
+_ENTRY_AT: Final = ffi.offsetof("struct flow", "ways")
+_ENTRY_SIZE: Final = ffi.sizeof("struct tuple")
+_EVENT: Final = struct.Struct("=IHHII")
 
 _REASONS: Final = {
     getattr(lib, name): name.removeprefix("INSTALL_").lower()
@@ -142,10 +148,9 @@ class Packet:
             check(lib.bpf_map__set_pin_path(self._map(name), pin), f"pin {name}")
         check(lib.bpf_object__load(self._object), "load the packet programs")
         flows = self._map("flows")
-        size = ffi.sizeof("struct flow")
-        if lib.bpf_map__value_size(flows) != size:
+        if lib.bpf_map__value_size(flows) != _FLOW_SIZE:
             raise KernelError(errno.EINVAL, f"stale {OBJECT.name}: values of 'flows' differ")
-        self._flows = ffi.cast("struct flow *", self._mapped("flows", MAX_FLOWS * size))
+        self._flows = ffi.cast("struct flow *", self._mapped("flows", MAX_FLOWS * _FLOW_SIZE))
         self._lost = ffi.cast("uint64_t *", self._mapped("lost", MAX_OWNERS * 8))
         self._packet = ffi.new(
             "struct packet *",
@@ -164,7 +169,8 @@ class Packet:
         self._ring = lib.packet_ring(self._packet)
         if self._ring == ffi.NULL:
             raise error(ffi.errno, "open the event ring")
-        self._number = ffi.new("uint32_t *")
+        self._installed = ffi.new("struct installed *")
+        self._memory = ffi.buffer(self._flows, MAX_FLOWS * _FLOW_SIZE)
 
     def _map(self, name: str) -> Any:
         found = lib.bpf_object__find_map_by_name(self._object, name.encode())
@@ -316,11 +322,8 @@ class Packet:
         """
         lib.packet_n_events = 0
         lib.ring_buffer__consume(self._ring)
-        events = lib.packet_events
-        return [
-            Event(events[i].flow, events[i].kind, events[i].end, events[i].seq, events[i].mtu)
-            for i in range(lib.packet_n_events)
-        ]
+        told = ffi.buffer(lib.packet_events, lib.packet_n_events * _EVENT.size)
+        return list(map(Event._make, _EVENT.iter_unpack(told)))
 
     # --- flows ---
 
@@ -332,7 +335,7 @@ class Packet:
         *,
         foreign: bool = False,
         anywhere: bool = False,
-    ) -> tuple[int, int]:
+    ) -> tuple[int, bool, bool]:
         """
         Make a flow of two connected sockets, and send the backend what waits in the client's.
 
@@ -341,27 +344,21 @@ class Packet:
         nor the client's; *anywhere* is for a trial: the ends may be reached in any way.
 
         Returns:
-            The flow's number, and how many bytes waited; -1 if they could not be sent, after which
-            there is nothing but to end the flow.
+            The flow's number; whether what waited was sent, without which there is nothing but to
+            end the flow; and what `acknowledged` would.
 
         Raises:
             Declined: there is no flow, and both sockets are as they were.
         """
-        head = lib.packet_queued(client)
-        if not 0 <= head <= MAX_HEAD:
-            raise Declined("early_data")
+        installed = self._installed
         answer = lib.packet_install(
-            self._packet, client, backend, head, anywhere, foreign, serial, self._number
+            self._packet, client, backend, anywhere, foreign, serial, installed
         )
         if answer < 0:
             raise Declined(errno.errorcode.get(-answer, "unknown").lower())
         if answer:
             raise Declined(_REASONS.get(answer, "unknown"))
-        number = int(self._number[0])
-        # what fails can not be undone: the client's packets may have gone on already
-        if head and lib.packet_send_head(client, backend, head):
-            return number, -1
-        return number, head
+        return installed.number, installed.sent, installed.open
 
     @property
     def lost_events(self) -> int:
@@ -382,6 +379,14 @@ class Packet:
         A flow's `struct flow`, as it stands.
         """
         return self._flows[number]
+
+    def entry(self, number: int) -> bytes:
+        """
+        A flow's `struct tuple` of what the backend gets: the router's endpoint, and the backend's.
+        """
+        at = number * _FLOW_SIZE + _ENTRY_AT
+        entry: bytes = self._memory[at : at + _ENTRY_SIZE]
+        return entry
 
     def address(self, number: int) -> Any:
         """
@@ -466,14 +471,14 @@ class Packet:
         return not lib.packet_emit(self._packet, ffi.from_buffer(frame), len(frame), device)
 
 
-def silence(fd: int) -> None:
+def silence(one: int, other: int) -> None:
     """
-    Have a socket go without a word when it is closed.
+    Have two sockets go without a word when they are closed.
 
     Raises:
         OSError: without NET_ADMIN.
     """
-    if answer := lib.packet_silence(fd):
+    if answer := lib.packet_silence(one, other):
         raise OSError(-answer, os.strerror(-answer))
 
 

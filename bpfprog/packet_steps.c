@@ -2,11 +2,9 @@
 /* Steps of the packet hand-off that would be many calls from Python.  Errors are -errno. */
 #include <arpa/inet.h>
 #include <linux/if_ether.h>
-#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdbool.h>
-#include <sys/ioctl.h>
 #include "packet.h"
 
 /* enum bpf_attach_type, which an older libbpf does not name */
@@ -25,6 +23,13 @@ struct packet {
 	struct flow *flows;
 	uint32_t owner;
 	uint32_t cursor;
+};
+
+/* what has become of an install */
+struct installed {
+	uint32_t number;
+	bool sent; /* what waited in the client's socket */
+	bool open; /* the backend has acknowledged that; if not, EVENT_ACKED will tell */
 };
 
 /* --- devices --- */
@@ -167,68 +172,6 @@ static int packet_run(int prog_fd, void *data, uint32_t size, void *out, uint32_
 	return opts.retval;
 }
 
-/* bytes that wait to be read */
-static int packet_queued(int fd)
-{
-	int queued;
-
-	return ioctl(fd, SIOCINQ, &queued) ? -errno : queued;
-}
-
-/* Make a flow of two sockets; the first *head* bytes, which wait in the client's, are still to
- * be sent.
- *
- * Returns an enum install_result, or -errno.
- */
-static int packet_install(struct packet *packet, int client, int backend, uint32_t head,
-			  bool anywhere, bool foreign, uint64_t serial, uint32_t *number)
-{
-	struct {
-		unsigned char ethernet[ETH_HLEN];
-		struct install in;
-	} __attribute__((packed)) data = {};
-	struct install in = {
-		.owner = packet->owner,
-		.serial = serial,
-		.hello = head,
-		.anywhere = anywhere,
-	};
-	int64_t claimed;
-	int result = read_tuple(client, &in.client);
-
-	if (!result)
-		result = read_tuple(backend, &in.backend);
-	if (result)
-		return result;
-	in.transparent = foreign || !memcmp(in.backend.to, in.client.from, sizeof(in.client.from));
-	claimed = claim(packet);
-	if (claimed < 0)
-		return INSTALL_FULL;
-	in.flow = *number = claimed;
-	data.in = in;
-	result = packet_run(packet->install, &data, sizeof(data), NULL, NULL);
-	if (result)
-		give_back(&packet->flows[claimed]);
-	return result;
-}
-
-/* Send the backend what waits in the client's socket, and leave it there: that socket only goes.
- *
- * Returns 0 or -errno.
- */
-static int packet_send_head(int client, int backend, uint32_t head)
-{
-	static char buffer[MAX_HEAD];
-	ssize_t sent;
-
-	if (recv(client, buffer, head, MSG_PEEK) != (ssize_t)head)
-		return -EIO;
-	sent = send(backend, buffer, head, MSG_NOSIGNAL);
-	if (sent < 0)
-		return -errno;
-	return sent == (ssize_t)head ? 0 : -ENOBUFS;
-}
-
 /* Whether a flow's hello is acknowledged; if not, EVENT_ACKED will tell. */
 static bool packet_acknowledged(struct packet *packet, uint32_t number)
 {
@@ -243,12 +186,65 @@ static bool packet_acknowledged(struct packet *packet, uint32_t number)
 	return __atomic_load_n(&flow->state, __ATOMIC_ACQUIRE) != FLOW_HELLO;
 }
 
-/* Have a socket go without a word when it is closed (tcp_close). */
-static int packet_silence(int fd)
+/* Make a flow of two sockets, and send the backend what waits in the client's, which leaves it
+ * there: that socket only goes.
+ *
+ * Returns an enum install_result, or -errno.
+ */
+static int packet_install(struct packet *packet, int client, int backend, bool anywhere,
+			  bool foreign, uint64_t serial, struct installed *out)
+{
+	static char head[MAX_HEAD + 1];
+	struct {
+		unsigned char ethernet[ETH_HLEN];
+		struct install in;
+	} __attribute__((packed)) data = {};
+	struct install in = {
+		.owner = packet->owner,
+		.serial = serial,
+		.anywhere = anywhere,
+	};
+	ssize_t size = recv(client, head, sizeof(head), MSG_PEEK);
+	int64_t claimed;
+	int result;
+
+	if (size < 0 && errno != EAGAIN)
+		return -errno;
+	if (size > MAX_HEAD)
+		return INSTALL_EARLY_DATA;
+	size = size < 0 ? 0 : size;
+	in.hello = size;
+	result = read_tuple(client, &in.client);
+	if (!result)
+		result = read_tuple(backend, &in.backend);
+	if (result)
+		return result;
+	in.transparent = foreign || !memcmp(in.backend.to, in.client.from, sizeof(in.client.from));
+	claimed = claim(packet);
+	if (claimed < 0)
+		return INSTALL_FULL;
+	in.flow = out->number = claimed;
+	data.in = in;
+	result = packet_run(packet->install, &data, sizeof(data), NULL, NULL);
+	if (result) {
+		give_back(&packet->flows[claimed]);
+		return result;
+	}
+	/* what fails now can not be undone: the client's packets may have gone on already */
+	out->sent = !size || send(backend, head, size, MSG_NOSIGNAL) == size;
+	out->open = out->sent && packet_acknowledged(packet, claimed);
+	return 0;
+}
+
+/* Have two sockets go without a word when they are closed (tcp_close). */
+static int packet_silence(int one, int other)
 {
 	int on = TCP_REPAIR_ON;
 
-	return setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &on, sizeof(on)) ? -errno : 0;
+	if (setsockopt(one, IPPROTO_TCP, TCP_REPAIR, &on, sizeof(on)) ||
+	    setsockopt(other, IPPROTO_TCP, TCP_REPAIR, &on, sizeof(on)))
+		return -errno;
+	return 0;
 }
 
 /* The next sequence numbers that a silenced socket would send and receive. */
@@ -310,22 +306,24 @@ static void packet_reap(struct packet *packet, uint32_t number, uint64_t serial)
 	if (flow->serial != serial || state == FLOW_FREE || state == FLOW_HELLO ||
 	    state == FLOW_OPEN)
 		return;
-	/* who is first, this or a new connection's SYN, deletes the addresses; a router may have
-	 * ended at it
+	/* Who is first, this or a new connection's SYN, deletes the addresses.  Of what a router
+	 * has ended at they may be another's by now.
 	 */
 	if (leave_state(flow, FLOW_ENDED, FLOW_REAPED) ||
 	    leave_state(flow, FLOW_RESET, FLOW_REAPED) || state == FLOW_REAPED) {
 		for (int i = 0; i < 2; i++) {
 			struct tuple end;
-			uint32_t found;
+			uint32_t found = number << 1;
 
 			turn_round(&flow->ways[i].out, &end);
-			if (!bpf_map_lookup_elem(packet->ends, &end, &found) &&
-			    found >> 1 == number)
+			if (state == FLOW_REAPED && bpf_map_lookup_elem(packet->ends, &end, &found))
+				continue;
+			if (found >> 1 == number)
 				bpf_map_delete_elem(packet->ends, &end);
 		}
 	}
-	bpf_map_delete_elem(packet->notes, &number);
+	if (flow->noted)
+		bpf_map_delete_elem(packet->notes, &number);
 	give_back(flow);
 }
 
@@ -364,6 +362,7 @@ static int packet_note(struct packet *packet, uint32_t number, const char *text,
 	struct note note = {};
 
 	memcpy(note.text, text, size < sizeof(note.text) ? size : sizeof(note.text));
+	packet->flows[number].noted = 1;
 	return bpf_map_update_elem(packet->notes, &number, &note, BPF_ANY) ? -errno : 0;
 }
 

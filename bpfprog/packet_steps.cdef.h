@@ -5,6 +5,10 @@ struct packet {
 	uint32_t owner;
 	uint32_t cursor;
 };
+struct installed {
+	uint32_t number;
+	bool sent, open;
+};
 
 enum { TCX_INGRESS = ..., TCX_EGRESS = ... };
 
@@ -21,10 +25,8 @@ struct ring_buffer *packet_ring(struct packet *packet);
 static struct flow_event packet_events[1024];
 static uint32_t packet_n_events;
 
-int packet_queued(int fd);
-int packet_install(struct packet *packet, int client, int backend, uint32_t head, bool anywhere,
-		   bool foreign, uint64_t serial, uint32_t *number);
-int packet_send_head(int client, int backend, uint32_t head);
+int packet_install(struct packet *packet, int client, int backend, bool anywhere, bool foreign,
+		   uint64_t serial, struct installed *out);
 bool packet_acknowledged(struct packet *packet, uint32_t number);
 int packet_run(int prog_fd, void *data, uint32_t size, void *out, uint32_t *out_size);
 int packet_emit(struct packet *packet, void *data, uint32_t size, uint32_t ifindex);
@@ -34,5 +36,5 @@ uint32_t packet_list(struct packet *packet, uint32_t *numbers, uint32_t room);
 uint32_t packet_idle(struct packet *packet, uint32_t before, uint32_t *numbers, uint32_t room);
 int packet_note(struct packet *packet, uint32_t number, const char *text, uint32_t size);
 int packet_read_note(struct packet *packet, uint32_t number, struct note *note);
-int packet_silence(int fd);
+int packet_silence(int one, int other);
 int packet_sequence(int fd, uint32_t numbers[2]);

@@ -91,6 +91,7 @@ _TRANSPARENT: Final = Choice(transparent=True)
 _PLAIN: Final = {mode: Choice(transparent=False, reason=mode) for mode in ("off", "nat")}
 
 
+@lru_cache(4096)
 def choose(  # noqa: PLR0911 - one return for each reason
     mode: str,
     client: str | bytes,
@@ -103,7 +104,7 @@ def choose(  # noqa: PLR0911 - one return for each reason
     learned: bool = False,
 ) -> Choice:
     """
-    Choose for one connection from *client* to *backend*, addresses as text or packed.
+    Choose for a connection from *client* to *backend*, addresses as text or packed.
 
     *mode* is auto, transparent, nat or off; `transparent` yields only to what can never be.
     *containers* are the container networks of this host; *learned* tells that this backend's
@@ -160,7 +161,6 @@ def _addresses(network: Network) -> frozenset[Address]:
     return frozenset(interface.ip for interface in network.interfaces)
 
 
-@lru_cache(4096)
 def _within(address: Address, networks: frozenset[IPNetwork]) -> bool:
     return any(address in network for network in networks)
 

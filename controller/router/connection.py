@@ -34,7 +34,7 @@ from controller.core.proxyprotocol import (
     write_header,
 )
 from controller.core.routes import Backend, Route
-from controller.core.session import Side
+from controller.core.session import BACKEND, CLIENT
 from controller.router._native import ffi, lib
 from controller.router.address import (
     backend_address,
@@ -352,14 +352,14 @@ class Connection:
         settings = router.settings
         self.choice = choice
         address = backend_address(self.address, backend.port)
-        source = socket_address(*self.client) if choice.transparent else None
+        source = socket_address(*self.client) if choice.transparent else ffi.NULL
         like, port = router.likeness(self)
         self.dialled = time.monotonic()
-        fd = router.dial(address, source, like, port)
+        fd = lib.dial(router.dialler, address, source, len(address), like, port)
         if fd < 0:
             return self._dial_again(-fd)
         self._connecting = fd
-        if router.connected[0]:
+        if router.dialler.connected:
             return self._hand_over()
         router.loop.handlers[fd] = self._on_connected
         tried = choice.transparent and router.transparency.mode(backend) == ClientIp.AUTO
@@ -593,8 +593,8 @@ class Connection:
             if self.choice.reason:
                 line["client_ip_reason"] = self.choice.reason
             line["connect_seconds"] = round(self.connect_seconds, 6)
-            line["bytes_in"] = flow.bytes(Side.CLIENT)
-            line["bytes_out"] = flow.bytes(Side.BACKEND)
+            line["bytes_in"] = flow.bytes(CLIENT)
+            line["bytes_out"] = flow.bytes(BACKEND)
         if self.refusals:
             line["refused_by"] = self.refusals
         return line

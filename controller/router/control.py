@@ -34,7 +34,7 @@ import structlog
 from controller import privilege
 from controller.core import wire
 from controller.core.routes import RouteTable
-from controller.core.session import Side
+from controller.core.session import BACKEND, CLIENT
 from controller.router.connection import Connection
 from controller.router.listen import name
 from controller.router.numbers import Numbers, read_numbers
@@ -470,8 +470,8 @@ def _tell_connection(connection: Connection) -> wire.Message:
         "backend_address": connection.address if backend is not None else None,
         "backend_port": backend.port if backend is not None else None,
         "handoff": flow.handoff if flow is not None else None,
-        "bytes_in": flow.bytes(Side.CLIENT) if flow is not None else 0,
-        "bytes_out": flow.bytes(Side.BACKEND) if flow is not None else 0,
+        "bytes_in": flow.bytes(CLIENT) if flow is not None else 0,
+        "bytes_out": flow.bytes(BACKEND) if flow is not None else 0,
         "age": round(time.monotonic() - connection.began, 3),
         "quiet": flow.quiet() if flow is not None else None,
     }

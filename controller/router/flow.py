@@ -12,7 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
-from controller.core.session import Abort, Command, Drain, HalfClose, Session, Side
+from controller.core.session import (
+    BACKEND,
+    CLIENT,
+    Abort,
+    Command,
+    Drain,
+    HalfClose,
+    Session,
+    Side,
+)
 from controller.router._native import lib
 from controller.router.loop import Loop
 
@@ -128,13 +137,13 @@ class Flow:
         """
         Hear of the client's socket.
         """
-        self._hear(Side.CLIENT, events)
+        self._hear(CLIENT, events)
 
     def on_backend(self, events: int) -> None:
         """
         Hear of the backend's socket.
         """
-        self._hear(Side.BACKEND, events)
+        self._hear(BACKEND, events)
 
     def _hear(self, side: Side, events: int) -> None:
         if events & select.EPOLLERR:

@@ -24,7 +24,7 @@ import structlog
 from bpfprog import MAX_FLOWS, QUARANTINE, Declined, Event, Kind, Packet, State, silence
 from bpfprog.packet import LIVE, OVER
 from controller.core.packets import Endpoint, packet_too_big, tcp_reset
-from controller.core.session import Side
+from controller.core.session import BACKEND, CLIENT, Side
 from controller.router._native import ffi, lib
 from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused, forgotten
 from controller.router.loop import Loop
@@ -47,6 +47,13 @@ NOTE_AFTER: Final = 1.0
 
 IDLE_TICKS: Final = 60
 """Ticks between looks for idle flows."""
+
+_ACKED, _ENDED, _RESET, _FRAGMENT, _TOO_BIG, _UNANSWERED = map(
+    int, (Kind.ACKED, Kind.ENDED, Kind.RESET, Kind.FRAGMENT, Kind.TOO_BIG, Kind.UNANSWERED)
+)
+
+_FIN: Final = "client_fin", "backend_fin"
+_RST: Final = "client_rst", "backend_rst"
 
 _EPOLLIN: Final = 1
 _MAPPED: Final = bytes(10) + b"\xff\xff"
@@ -132,7 +139,7 @@ class PacketHandoff:
         """
         self._serial += 1
         try:
-            number, head = self.packet.install(
+            number, sent, is_open = self.packet.install(
                 client,
                 backend,
                 self._serial,
@@ -145,17 +152,17 @@ class PacketHandoff:
         flow = PacketFlow(self, number, (client, backend), over, prelude.moved)
         self._enter(flow)
         self.loop.handlers.pop(backend, None)
-        if head < 0:
-            self.loop.soon(partial(flow.cut, "hello_unsent"))
-        elif self.packet.acknowledged(number):
+        if is_open:
             flow.acknowledged()
-        else:
+        elif sent:
             self._waiting.append((self.loop.now + self.patience, flow))
+        else:
+            self.loop.soon(partial(flow.cut, "hello_unsent"))
         return flow
 
     def _enter(self, flow: "PacketFlow") -> None:
         self.flows[flow.number] = flow
-        flow.entry = ffi.buffer(ffi.addressof(self.packet.flow(flow.number).ways[0], "out"))[:]
+        flow.entry = self.packet.entry(flow.number)
         self.ports.take(flow.entry)
 
     def note_later(self, connection: "Connection") -> None:
@@ -263,18 +270,16 @@ class PacketHandoff:
         for event in self.packet.events():
             flow = self.flows.get(event.flow)
             if flow is not None:
-                self._guarded(partial(flow.hear, event), flow)
-            elif event.kind == Kind.UNANSWERED and (
-                self.packet.flow(event.flow).state == State.RESET
-            ):
+                self._guarded(flow, flow.hear, event)
+            elif event.kind == _UNANSWERED and self.packet.flow(event.flow).state == State.RESET:
                 self.reset(event.flow, event.end)
 
-    def _guarded(self, action: Callable[[], None], flow: "PacketFlow") -> None:
+    def _guarded(self, flow: "PacketFlow", action: Callable[..., None], *args: Event) -> None:
         """
         Have a fault cost one flow, and none of the others whose events came with it.
         """
         try:
-            action()
+            action(*args)
         except Exception as err:  # noqa: BLE001 - as in the loop, whose handler this is
             self.loop.fault(flow.hear, err)
 
@@ -286,7 +291,7 @@ class PacketHandoff:
         if self._lost != self.packet.lost_events:
             self._lost = self.packet.lost_events
             for flow in tuple(self.flows.values()):
-                self._guarded(flow.look, flow)
+                self._guarded(flow, flow.look)
         self._look_at_waiting(now)
         self._reap(QUARANTINE)
         drained = not self.is_on and self.keeps_pins and not self._is_left
@@ -323,7 +328,7 @@ class PacketHandoff:
         Take note of the end of *flow*: its number is free after a while.
         """
         del self.flows[flow.number]
-        native = self.packet.flow(flow.number)
+        native = flow.native
         native.told = 1
         self.ports.give_back(flow.entry)
         self._over.append((self.loop.now, flow.number, native.serial))
@@ -381,7 +386,7 @@ class PacketFlow(Flow):
     handoff = "packet"
     outlives_sockets: ClassVar[bool] = True
 
-    __slots__ = ("_before", "_handoff", "_moved", "entry", "number", "without_sockets")
+    __slots__ = ("_before", "_handoff", "_moved", "entry", "native", "number", "without_sockets")
 
     def __init__(
         self,
@@ -399,18 +404,19 @@ class PacketFlow(Flow):
         super().__init__(handoff.loop, fds or (-1, -1), over)
         self._handoff = handoff
         self.number = number
+        self.native = handoff.packet.flow(number)
         self._moved = moved
         self.entry = b""
         self.without_sockets = fds is None
-        self._before = (0, 0) if fds else (self.bytes(Side.CLIENT), self.bytes(Side.BACKEND))
+        self._before = (0, 0) if fds else (self.bytes(CLIENT), self.bytes(BACKEND))
 
     @property
     def endpoints(self) -> tuple[Endpoint, Endpoint]:
         """
         The client's address and port, and the backend's.
         """
-        ways = self._handoff.packet.flow(self.number).ways
-        return _endpoints(ways[Side.BACKEND].out)[1], _endpoints(ways[Side.CLIENT].out)[1]
+        ways = self.native.ways
+        return _endpoints(ways[BACKEND].out)[1], _endpoints(ways[CLIENT].out)[1]
 
     def hear_of_end(self, over: Callable[[Flow], None]) -> None:
         """
@@ -423,9 +429,7 @@ class PacketFlow(Flow):
         """
         Whether the hello is acknowledged, or all is over.
         """
-        return bool(
-            self.session.over or self._handoff.packet.flow(self.number).state != State.HELLO
-        )
+        return bool(self.session.over or self.native.state != State.HELLO)
 
     @property
     def holds_sockets(self) -> bool:
@@ -439,16 +443,18 @@ class PacketFlow(Flow):
         Act on what the programs tell.
         """
         kind = event.kind
-        if kind == Kind.ACKED:
+        if kind == _ENDED:
+            self._ended(_FIN[self.native.first])
+        elif kind == _RESET:
+            self._ended(_RST[event.end])
+        elif kind == _ACKED:
             self.acknowledged()
-        elif kind == Kind.TOO_BIG:
+        elif kind == _TOO_BIG:
             self._handoff.too_big(event)
-        elif kind == Kind.FRAGMENT:
+        elif kind == _FRAGMENT:
             self.cut("fragment")
-        elif kind == Kind.UNANSWERED:
+        elif kind == _UNANSWERED:
             self._handoff.reset(self.number, event.end)
-        elif kind == Kind.RESET:
-            self._ended(f"{Side(event.end).name.lower()}_rst")
         else:
             self.look()
 
@@ -456,13 +462,14 @@ class PacketFlow(Flow):
         """
         See what has become of the flow, whatever events were lost.
         """
-        flow = self._handoff.packet.flow(self.number)
-        if flow.state == State.OPEN:
+        flow = self.native
+        state = flow.state
+        if state == State.OPEN:
             self.acknowledged()
-        elif flow.state == State.ENDED:
-            self._ended(f"{Side(flow.first).name.lower()}_fin")
-        elif flow.state in OVER:
-            self._ended(f"{Side(flow.first).name.lower()}_rst")
+        elif state == State.ENDED:
+            self._ended(_FIN[flow.first])
+        elif state in OVER:
+            self._ended(_RST[flow.first])
 
     def acknowledged(self) -> None:
         """
@@ -478,9 +485,10 @@ class PacketFlow(Flow):
             return
         self.without_sockets = True
         self._handoff.without_sockets += 1
-        for fd in self.fds:
-            silence(fd)
-            self.loop.close(fd)
+        client, backend = self.fds
+        silence(client, backend)
+        self.loop.close(client)
+        self.loop.close(backend)
         self._handoff.on_freed()
 
     def _ended(self, reason: str) -> None:
@@ -508,8 +516,8 @@ class PacketFlow(Flow):
         """
         Count the bytes that *side* has sent.
         """
-        counted = self._handoff.packet.flow(self.number).ways[side].bytes
-        return int(counted) + (self._moved if side == Side.CLIENT else 0)
+        counted: int = self.native.ways[side].bytes
+        return counted if side else counted + self._moved
 
     def moved(self, side: Side) -> int:
         """
@@ -521,7 +529,7 @@ class PacketFlow(Flow):
         """
         Seconds since a packet came from either end, to a second.
         """
-        ways = self._handoff.packet.flow(self.number).ways
+        ways = self.native.ways
         heard = max(ways[0].heard, ways[1].heard)
         return max(0.0, time.monotonic() - float(heard))
 

@@ -7,7 +7,6 @@ to no one who does not ask for it, and none that a flow to the same backend has.
 """
 
 import itertools
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -56,24 +55,27 @@ class Ports:
         except (OSError, ValueError):
             first, last = 32768, 60999
         self._cycle = itertools.cycle(choose_range((first, last))[half::2][worker::workers])
-        self._busy: Counter[bytes] = Counter()
+        self._busy: dict[bytes, int] = {}
 
     def take(self, entry: bytes) -> None:
         """
         Take note of a flow's addresses.
         """
+        busy = self._busy
         # without the router's own address too, which is not known before a connect
-        self._busy.update((entry, entry[16:]))
+        for key in (entry, entry[16:]):
+            busy[key] = busy.get(key, 0) + 1
 
     def give_back(self, entry: bytes) -> None:
         """
         Take note that a flow is over.
         """
+        busy = self._busy
         for key in (entry, entry[16:]):
-            if self._busy[key] > 1:
-                self._busy[key] -= 1
+            if busy[key] > 1:
+                busy[key] -= 1
             else:
-                del self._busy[key]
+                del busy[key]
 
     def choose(self, backend: tuple[bytes, int]) -> int:
         """

@@ -20,9 +20,9 @@ import structlog
 
 from bpfprog import MAX_CONNECTIONS, MAX_OWNERS
 from controller.core.routes import HANDOFFS, Backend, Route, RouteTable
-from controller.core.session import Side
+from controller.core.session import BACKEND, CLIENT
 from controller.log import connection as write_line
-from controller.router._native import ffi, lib
+from controller.router._native import ffi
 from controller.router.address import pack
 from controller.router.adopted import Adopted
 from controller.router.connection import KEEPALIVE_IDLE, TAKE_LIMIT, Connection
@@ -109,9 +109,8 @@ class Router:
         self.connections: dict[int, Connection] = {}  # in the order of their ids
         self.arrival: Any = ffi.new("struct arrival *")
         self.reading: Any = ffi.new("struct reading *")
-        self.connected: Any = ffi.new("bool *")
-        self._dial: Any = ffi.new(
-            "struct dial *",
+        self.dialler: Any = ffi.new(
+            "struct dialler *",
             {
                 "receive_buffer": settings.receive_buffer,
                 "keepalive_idle": KEEPALIVE_IDLE,
@@ -277,24 +276,6 @@ class Router:
         if own and packet.ports.is_free(connection.client, to):
             return connection.fd, own
         return connection.fd, packet.ports.choose(to)
-
-    def dial(self, address: bytes, source: bytes | None, like: int, port: int) -> int:
-        """
-        Begin to connect; see `struct dial`.
-
-        Returns:
-            The descriptor, or the negative of an errno.
-        """
-        dial = self._dial
-        dial.to = to = ffi.from_buffer(address)
-        dial.client = client = ffi.NULL if source is None else ffi.from_buffer(source)
-        dial.size = len(address)
-        dial.like = like
-        dial.port = port
-        fd = int(lib.dial(dial, self.connected))
-        # what the struct points to lives until here
-        del to, client
-        return fd
 
     def connect_error(self, connection: Connection, error: str) -> None:
         """
@@ -494,6 +475,6 @@ class Router:
             flow, route = connection.flow, connection.route
             if flow is not None and route is not None:
                 active[route.host, flow.handoff] += 1
-                moved[route.host, "in", flow.handoff] += flow.moved(Side.CLIENT)
-                moved[route.host, "out", flow.handoff] += flow.moved(Side.BACKEND)
+                moved[route.host, "in", flow.handoff] += flow.moved(CLIENT)
+                moved[route.host, "out", flow.handoff] += flow.moved(BACKEND)
         return Traffic(active, len(self.connections) - active.total(), moved)

@@ -216,8 +216,8 @@ class _PacketTrial(_Trial):
         self._flow = flow
         self._wait(lambda: _peek(self._backend) == HELLO, "the hello did not arrive")
         numbers = []
+        silence(near.fileno(), far.fileno())
         for end in (near, far):
-            silence(end.fileno())
             numbers.append(sequence_numbers(end.fileno()))
             # the flow's now, to close
             end.detach()

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 from bpfprog import MAX_CONNECTIONS, Splice
-from controller.core.session import Side
+from controller.core.session import BACKEND, CLIENT, Side
 from controller.router._native import ffi, lib
 from controller.router.flow import (
     ENDED,
@@ -106,8 +106,8 @@ class SockmapHandoff:
         if lost != self._lost_events:
             self._lost_events = lost
             for flow in tuple(self._flows.values()):
-                flow.advance(Side.CLIENT)
-                flow.advance(Side.BACKEND)
+                flow.advance(CLIENT)
+                flow.advance(BACKEND)
 
     def leave(self, flow: "SockmapFlow") -> None:
         """

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from controller.core.session import Side
+from controller.core.session import BACKEND, CLIENT
 
 if TYPE_CHECKING:
     from controller.router.connection import Connection
@@ -102,8 +102,8 @@ class Stats:
         flow = connection.flow
         if flow is not None:
             self.reasons[flow.session.reason] += 1
-            self.bytes[route, "in", flow.handoff] += flow.moved(Side.CLIENT)
-            self.bytes[route, "out", flow.handoff] += flow.moved(Side.BACKEND)
+            self.bytes[route, "in", flow.handoff] += flow.moved(CLIENT)
+            self.bytes[route, "out", flow.handoff] += flow.moved(BACKEND)
 
     def keep_routes(self, hosts: Iterable[str]) -> None:
         """

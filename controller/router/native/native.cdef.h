@@ -60,16 +60,12 @@ int local_endpoint(int fd, struct endpoint *local);
 int discard(int fd, size_t budget);
 int refuse(int fd, const void *alert, size_t size, size_t budget);
 /* how to connect to a backend */
-struct dial {
-	const void *to;
-	const void *client; /* the address to connect from, of the same family; NULL: this host's */
-	int size; /* of both */
-	int like; /* a client's socket, which the new one resembles; -1: none */
-	int port; /* to connect from; where it is taken, and with 0, the kernel's choice */
+struct dialler {
 	int receive_buffer, keepalive_idle, epoll;
+	bool connected; /* the last dial, before it returned */
 };
 
-int dial(const struct dial *dial, bool *connected);
+int dial(struct dialler *dialler, const void *to, const void *client, int size, int like, int port);
 int socket_options(int fd, int receive_buffer, int keepalive_idle);
 int socket_error(int fd);
 void watch(int epoll, int fd, uint32_t events);

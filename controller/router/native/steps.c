@@ -199,10 +199,10 @@ static int resemble(int fd, int like)
 	return setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &lacks, sizeof(lacks)) ? -errno : 0;
 }
 
-static int dial_once(const struct dial *dial, int port, bool *connected)
+static int dial_once(struct dialler *dialler, const struct sockaddr *to,
+		     const struct sockaddr *client, int size, int like, int port)
 {
 	struct epoll_event event = { .events = EPOLLOUT | EPOLLET };
-	const struct sockaddr *to = dial->to;
 	int fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP);
 	struct sockaddr_storage anywhere = { .ss_family = to->sa_family };
 	int err;
@@ -210,18 +210,18 @@ static int dial_once(const struct dial *dial, int port, bool *connected)
 	if (fd < 0)
 		return -errno;
 	event.data.fd = fd;
-	err = socket_options(fd, dial->receive_buffer, dial->keepalive_idle);
-	if (!err && dial->like >= 0)
-		err = resemble(fd, dial->like);
-	if (!err && dial->client)
-		err = bind_as_client(fd, dial->client, dial->size, port);
+	err = socket_options(fd, dialler->receive_buffer, dialler->keepalive_idle);
+	if (!err && like >= 0)
+		err = resemble(fd, like);
+	if (!err && client)
+		err = bind_as_client(fd, client, size, port);
 	else if (!err && port)
-		err = bind_port(fd, &anywhere, dial->size, port);
+		err = bind_port(fd, &anywhere, size, port);
 	if (!err)
-		err = try_connect(fd, to, dial->size);
-	*connected = !err;
+		err = try_connect(fd, to, size);
+	dialler->connected = !err;
 	if (err == -EINPROGRESS)
-		err = epoll_ctl(dial->epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+		err = epoll_ctl(dialler->epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 	if (err) {
 		close(fd);
 		return err;
@@ -229,18 +229,20 @@ static int dial_once(const struct dial *dial, int port, bool *connected)
 	return fd;
 }
 
-/* Begin to connect.  Of an outcome that is still to come dial.epoll tells as EPOLLOUT, EPOLLERR or
- * EPOLLHUP.
+/* Begin to connect to an address of *size* bytes, from this host's, or from that of *client*, of
+ * the same family.  The socket resembles that of *like*, unless -1, and has *port*; where that is
+ * taken, and with 0, the kernel's choice.  Of an outcome that is still to come dialler.epoll tells
+ * as EPOLLOUT, EPOLLERR or EPOLLHUP.
  *
  * Returns the descriptor or -errno.
  */
-int dial(const struct dial *dial, bool *connected)
+int dial(struct dialler *dialler, const void *to, const void *client, int size, int like, int port)
 {
-	int fd = dial_once(dial, dial->port, connected);
+	int fd = dial_once(dialler, to, client, size, like, port);
 
 	/* the port is taken, or not for us to take */
-	if (dial->port && (fd == -EADDRINUSE || fd == -EADDRNOTAVAIL || fd == -EACCES))
-		fd = dial_once(dial, 0, connected);
+	if (port && (fd == -EADDRINUSE || fd == -EADDRNOTAVAIL || fd == -EACCES))
+		fd = dial_once(dialler, to, client, size, like, 0);
 	return fd;
 }
 
