@@ -287,7 +287,7 @@ struct packet {
 	__u32 payload; /* bytes of TCP data */
 	__u32 header; /* bytes of the TCP header */
 	__u32 size; /* bytes of the IP packet, or of one that it is cut into */
-	__u32 seq;
+	__u32 seq, ack;
 	__u8 protocol;
 	__u8 flags;
 	bool is_ipv6;
@@ -421,6 +421,7 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 	packet->header = header;
 	packet->flags = tcp->flags;
 	packet->seq = bpf_ntohl(tcp->seq);
+	packet->ack = bpf_ntohl(tcp->ack);
 	packet->tuple.from_port = tcp->from_port;
 	packet->tuple.to_port = tcp->to_port;
 	/* a length of 0: more than 64 KiB, put together by this host (BIG TCP) */
@@ -983,23 +984,28 @@ static __noinline int icmp6(struct __sk_buff *skb)
 	return send_on(way, true);
 }
 
-/* Take note of a SYN, which begins a passage, or of a SYN-ACK, which completes one. */
-static __always_inline void note_passage(const struct tuple *tuple, __u8 flags, __u32 in, __u32 out)
+/* Take note of a SYN, which begins a passage, or of a SYN-ACK, which completes it.
+ *
+ * The SYN's number tells whose passage it is.  A packet may pass a macvlan and its parent, and a
+ * SYN that is sent again may come another way: of such a passage we know no one device.
+ */
+static __always_inline void note_passage(const struct tuple *tuple, const struct packet *packet,
+					 __u32 in, __u32 out)
 {
-	struct passage passage = { .in = in, .out = out };
+	struct passage *begun = bpf_map_lookup_elem(&seen, tuple);
+	__u32 *device, passed = in ? in : out;
 
-	if (flags & ACK) {
-		struct passage *begun = bpf_map_lookup_elem(&seen, tuple);
-
-		if (!begun)
+	if (packet->flags & ACK) {
+		if (!begun || begun->number != packet->ack - 1)
 			return;
-		if (in)
-			begun->in = in;
-		else
-			begun->out = out;
-	} else {
-		bpf_map_update_elem(&seen, tuple, &passage, BPF_ANY);
+	} else if (!begun || begun->number != packet->seq) {
+		struct passage begins = { .number = packet->seq, .in = in, .out = out };
+
+		bpf_map_update_elem(&seen, tuple, &begins, BPF_ANY);
+		return;
 	}
+	device = in ? &begun->in : &begun->out;
+	*device = !*device || *device == passed ? passed : SEVERAL;
 }
 
 /* --- in --- */
@@ -1018,25 +1024,11 @@ static __always_inline int forget(struct flow *flow)
 	return NEXT;
 }
 
-static __always_inline int read_ack(struct __sk_buff *skb, const struct packet *packet, __u32 *ack)
-{
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	struct tcp *tcp;
-
-	if (packet->l4 > MAX_OFFSET)
-		return -1;
-	tcp = data + packet->l4;
-	if ((void *)(tcp + 1) > end)
-		return -1;
-	*ack = bpf_ntohl(tcp->ack);
-	return 0;
-}
-
 SEC("tc")
 int ingress(struct __sk_buff *skb)
 {
 	struct packet packet;
-	__u32 number = 0, end = 0, state, ack;
+	__u32 number = 0, end = 0, state;
 	struct flow *flow;
 
 	if (read_packet(skb, &packet)) {
@@ -1049,7 +1041,7 @@ int ingress(struct __sk_buff *skb)
 	flow = find(&packet.tuple, &number, &end);
 	if (!flow) {
 		if (packet.flags & SYN)
-			note_passage(&packet.tuple, packet.flags, skb->ifindex, 0);
+			note_passage(&packet.tuple, &packet, skb->ifindex, 0);
 		return NEXT;
 	}
 	end &= 1;
@@ -1068,7 +1060,7 @@ int ingress(struct __sk_buff *skb)
 	case FLOW_ENDED:
 	case FLOW_RESET:
 		if (packet.flags & SYN) {
-			note_passage(&packet.tuple, packet.flags, skb->ifindex, 0);
+			note_passage(&packet.tuple, &packet, skb->ifindex, 0);
 			return forget(flow);
 		}
 		if (state == FLOW_ENDED)
@@ -1079,8 +1071,8 @@ int ingress(struct __sk_buff *skb)
 		if (!flow->transparent || end == CLIENT_END)
 			return NEXT;
 		/* one that has not believed a RST tells the number that it waits for (RFC 5961) */
-		if (packet.flags & ACK && !read_ack(skb, &packet, &ack))
-			flow->ways[end].acked = ack;
+		if (packet.flags & ACK)
+			flow->ways[end].acked = packet.ack;
 		tell_of(flow, number, EVENT_UNANSWERED, end);
 		return DROP;
 	default:
@@ -1092,17 +1084,15 @@ int ingress(struct __sk_buff *skb)
 		return DROP;
 	}
 	if (state == FLOW_HELLO && end == BACKEND_END && packet.flags & ACK) {
-		if (read_ack(skb, &packet, &ack))
-			return DROP;
 		/* Mostly that is so before the router has come to wait for it. */
-		if (!behind(flow->hello_end, ack) && leave(flow, FLOW_HELLO, FLOW_OPEN) &&
+		if (!behind(flow->hello_end, packet.ack) && leave(flow, FLOW_HELLO, FLOW_OPEN) &&
 		    *(volatile __u8 *)&flow->awaited)
 			tell_of(flow, number, EVENT_ACKED, end);
 		/* what the router sent is acknowledged to the router */
-		if (!behind(ack, flow->hello_end) && !packet.payload &&
+		if (!behind(packet.ack, flow->hello_end) && !packet.payload &&
 		    !(packet.flags & (FIN | SYN | RST))) {
-			if (behind(ack, flow->ways[BACKEND_END].acked))
-				flow->ways[BACKEND_END].acked = ack;
+			if (behind(packet.ack, flow->ways[BACKEND_END].acked))
+				flow->ways[BACKEND_END].acked = packet.ack;
 			return NEXT;
 		}
 	}
@@ -1167,7 +1157,7 @@ int egress(struct __sk_buff *skb)
 		return NEXT;
 	turn_round(&packet.tuple, &tuple);
 	if (packet.flags & SYN)
-		note_passage(&tuple, packet.flags, 0, skb->ifindex);
+		note_passage(&tuple, &packet, 0, skb->ifindex);
 	if ((packet.flags & (SYN | ACK)) == SYN) {
 		__u32 lacks = skb->priority;
 
@@ -1266,6 +1256,9 @@ static __always_inline int find_ways(struct __sk_buff *skb, const struct install
 	backend_device = backend_way->in;
 	if (!client_device || !client_way->out || !backend_device || !backend_way->out)
 		return INSTALL_UNSEEN;
+	if (client_device == SEVERAL || client_way->out == SEVERAL || backend_device == SEVERAL ||
+	    backend_way->out == SEVERAL)
+		return INSTALL_STACKED;
 	if (client_device == backend_device)
 		return INSTALL_HAIRPIN;
 	result = find_way(skb, &flow->ways[CLIENT_END], client_device, flow->is_ipv6);

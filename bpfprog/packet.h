@@ -7,7 +7,7 @@
 
 enum {
 	/* what the maps are pinned under: one more for each change of what is in them */
-	PACKET_ABI = 1,
+	PACKET_ABI = 2,
 	/* Bytes that a client may have sent before the hand-off, and the backend not acknowledged:
 	 * so few that what is under way, ten segments or the twenty after them, fits its first
 	 * window.
@@ -32,8 +32,12 @@ struct tuple {
 
 /* The devices that the two SYNs of a connection passed with the same addresses, turned round. */
 struct passage {
+	__u32 number; /* the sequence number of the first one */
 	__u32 in, out;
 };
+
+/* in the place of a device: a SYN passed two */
+enum { SEVERAL = 0xffffffff };
 
 enum { CLIENT_END, BACKEND_END };
 
@@ -116,6 +120,7 @@ enum install_result {
 	INSTALL_OK,
 	INSTALL_BAD,
 	INSTALL_UNSEEN, /* a SYN has not passed the hooks with these addresses */
+	INSTALL_STACKED, /* a SYN has passed several devices */
 	INSTALL_HAIRPIN, /* both ends are behind the same device */
 	INSTALL_ASYMMETRIC, /* an end is reached another way than it is heard */
 	INSTALL_FORWARDING_OFF,

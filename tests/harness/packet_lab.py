@@ -248,11 +248,12 @@ class House:
         *,
         machine: Here | None = None,
         source: Address | None = None,
+        to: Address | None = None,
     ) -> Iterator[Ends]:
         """
         Open a connection, which, as the log has it when it has ended, is handed over as packets.
         """
-        with self.joined(version, machine=machine, source=source) as (client, end):
+        with self.joined(version, machine=machine, source=source, to=to) as (client, end):
             name = client.getsockname()[:2]
             yield client, end
         line = self.line(name)

@@ -3,7 +3,9 @@ Which connections are handed over as packets, and what the log says of those tha
 """
 
 import socket
+import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from harness.ends import client_hello, read_all, read_exactly
@@ -28,6 +30,9 @@ REFUSALS = "sniroute_handoff_refusals_total"
 NETWORKS = [f"198.18.{n}.0/24" for n in (1, 2)] + [f"2001:db8:0:{n}::/64" for n in (1, 2)]
 
 LOOPBACKS = {4: "127.0.0.1", 6: "::1"}
+
+BESIDE = {4: "192.0.2.1", 6: "2001:db8:0:8::1"}
+"""The host's address where the world has a second way in."""
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,66 @@ def test_a_narrow_bridge_is_not_for_clients_that_were_told_more(version: int) ->
             machine.run("ip", "link", "set", device, "mtu", "1300")
 
         assert "mtu" == refusal(house, version, lab.world)
+
+
+@contextmanager
+def way_in(lab: PacketLab) -> Iterator[None]:
+    """
+    Give the world a second way to the host, by a device of its own there, for a while.
+    """
+    peer = ("type", "veth", "peer", "name", "eth1", "netns", str(lab.world.pid))
+    lab.host.run("ip", "link", "add", "lan0", *peer)
+    lab.host.run("ip", "link", "set", "lan0", "up")
+    lab.world.run("ip", "link", "set", "eth1", "up")
+    for version in (4, 6):
+        assign(lab.world, version, f"{BESIDE[version]}8", "eth1")
+    yield
+    lab.host.run("ip", "link", "del", "lan0")
+
+
+def assign(machine: Here, version: int, address: str, device: str) -> None:
+    """
+    Give *device* an address in the network of that second way.
+    """
+    prefix, extra = (24, ()) if version == 4 else (64, ("nodad",))
+    machine.run("ip", "addr", "add", f"{address}/{prefix}", "dev", device, *extra)
+
+
+@VERSIONS
+def test_a_client_by_a_macvlan_of_the_host_is_not(version: int) -> None:
+    """
+    What passes a macvlan's parent and then the macvlan has no one place to be translated at.
+    """
+    with PacketLab() as lab, way_in(lab):
+        foot = ("foot", "link", "lan0", "type", "macvlan", "mode", "bridge")
+        lab.host.run("ip", "link", "add", *foot)
+        lab.host.run("ip", "link", "set", "foot", "up")
+        assign(lab.host, version, BESIDE[version], "foot")
+        lab.check_sources(1)
+        with House.running(lab) as house:
+            assert "stacked" == refusal(house, version, lab.world, (BESIDE[version], ANYWHERE))
+
+
+@VERSIONS
+def test_a_client_that_came_another_way_once_is(version: int) -> None:
+    """
+    What was noted of an earlier connection of the same addresses counts no more.
+    """
+    to, source = (BESIDE[version], ANYWHERE), ("", 40000)
+    with PacketLab() as lab, House.running(lab) as house:
+        for is_last in (False, True):
+            with way_in(lab):
+                assign(lab.host, version, BESIDE[version], "lan0")
+                wait_for("lan0", lambda: "lan0" in house.sniroute.command("packet", "status"))
+                if is_last:
+                    with house.spliced(version, source=source, to=to) as ends:
+                        talk(ends)
+                else:
+                    with house.dial(version, source=source, to=to) as client:
+                        # no TIME_WAIT is to keep the port
+                        client.setsockopt(
+                            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                        )
 
 
 def test_replies_by_another_way_are_not() -> None:
