@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from harness.ends import client_hello, read_all, read_exactly
+from harness.ends import Backend, client_hello, read_all, read_exactly
 from harness.lab import (
     ANYWHERE,
     CLIENT,
@@ -19,8 +19,9 @@ from harness.lab import (
     route,
 )
 from harness.machines import Here
-from harness.packet_lab import HANDOFF, HELLOS, VERSIONS, Ends, House, PacketLab
+from harness.packet_lab import HANDOFF, HELLOS, HOSTS, VERSIONS, Ends, House, PacketLab
 from harness.tools import wait_for
+from harness.tunnel import DEVICE, tunnel
 
 from controller.core.proxyprotocol import read_header, write_header
 
@@ -32,7 +33,10 @@ NETWORKS = [f"198.18.{n}.0/24" for n in (1, 2)] + [f"2001:db8:0:{n}::/64" for n 
 LOOPBACKS = {4: "127.0.0.1", 6: "::1"}
 
 BESIDE = {4: "192.0.2.1", 6: "2001:db8:0:8::1"}
-"""The host's address where the world has a second way in."""
+"""The host's address where there is a second way to it."""
+
+THERE = {version: f"{address}8" for version, address in BESIDE.items()}
+"""The address of whoever has that way."""
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +194,7 @@ def way_in(lab: PacketLab) -> Iterator[None]:
     lab.host.run("ip", "link", "set", "lan0", "up")
     lab.world.run("ip", "link", "set", "eth1", "up")
     for version in (4, 6):
-        assign(lab.world, version, f"{BESIDE[version]}8", "eth1")
+        assign(lab.world, version, THERE[version], "eth1")
     yield
     lab.host.run("ip", "link", "del", "lan0")
 
@@ -238,6 +242,36 @@ def test_a_client_that_came_another_way_once_is(version: int) -> None:
                         client.setsockopt(
                             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                         )
+
+
+@VERSIONS
+def test_a_client_by_a_tunnel_is_not(version: int) -> None:
+    """
+    Packets without Ethernet headers are not followed: the next hand-off serves a client of a VPN.
+    """
+    with PacketLab() as lab, tunnel(lab.host, lab.world):
+        assign(lab.host, version, BESIDE[version], DEVICE)
+        assign(lab.world, version, THERE[version], DEVICE)
+        with House.running(lab) as house:
+            assert "unseen" == refusal(house, version, lab.world, (BESIDE[version], ANYWHERE))
+
+
+@VERSIONS
+def test_a_backend_by_a_tunnel_is_not(version: int) -> None:
+    """
+    Nor are those of a backend: the next hand-off reaches it.
+    """
+    with PacketLab() as lab, tunnel(lab.host, app := lab.container(2)):
+        assign(lab.host, version, BESIDE[version], DEVICE)
+        assign(app, version, THERE[version], DEVICE)
+        # its replies to the client's own address would come by the bridge
+        routes = route(HOSTS[version], THERE[version], client_ip="nat")
+        with app.network():
+            backend = Backend(THERE[version], 443, HELLOS[version])
+        with backend, lab.product(routes=routes) as sniroute:
+            house = House(lab, app, {version: backend}, sniroute)
+
+            assert "unseen" == refusal(house, version, lab.world)
 
 
 def test_replies_by_another_way_are_not() -> None:
