@@ -4,7 +4,7 @@
  *
  * Two programs hang on devices and two are run by the router:
  *
- *   ingress  notes which way SYNs come; translates the packets of flows, and sends them out
+ *   ingress  notes which way answers come; translates the packets of flows, and sends them out
  *   egress   has the host say nothing on the addresses of a flow, but for the hello
  *   install  looks at the two sockets, at one instant, and makes a flow of them
  *   emit     sends a packet that the router has written: a RST, an ICMP error
@@ -128,12 +128,22 @@ struct {
 	__type(value, struct flow);
 } flows SEC(".maps");
 
-/* which way the SYNs of connections have gone, by the addresses of what comes in */
+/* the SYNs and SYN-ACKs that this host has sent, by the addresses of what answers them */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_SEEN);
 	__type(key, struct tuple);
 	__type(value, struct passage);
+} begun SEC(".maps");
+
+/* The device by which the answer has come.  Apart, because anyone can have this host send SYN-ACKs,
+ * but only who gets them can answer.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_SEEN);
+	__type(key, struct tuple);
+	__type(value, __u32);
 } seen SEC(".maps");
 
 /* what a flow was before its packets were translated: user space's alone */
@@ -984,28 +994,33 @@ static __noinline int icmp6(struct __sk_buff *skb)
 	return send_on(way, true);
 }
 
-/* Take note of a SYN, which begins a passage, or of a SYN-ACK, which completes it.
- *
- * The SYN's number tells whose passage it is.  A packet may pass a macvlan and its parent, and a
- * SYN that is sent again may come another way: of such a passage we know no one device.
- */
-static __always_inline void note_passage(const struct tuple *tuple, const struct packet *packet,
-					 __u32 in, __u32 out)
+/* Take note of a SYN or SYN-ACK of this host's own, with the addresses of what is to answer it. */
+static __always_inline void note_syn(const struct tuple *tuple, const struct packet *packet)
 {
-	struct passage *begun = bpf_map_lookup_elem(&seen, tuple);
-	__u32 *device, passed = in ? in : out;
+	struct passage begins = { .answer = packet->seq + 1 };
+	struct passage *passage = bpf_map_lookup_elem(&begun, tuple);
 
-	if (packet->flags & ACK) {
-		if (!begun || begun->number != packet->ack - 1)
-			return;
-	} else if (!begun || begun->number != packet->seq) {
-		struct passage begins = { .number = packet->seq, .in = in, .out = out };
+	/* not of one that is sent again, or passes a second device */
+	if (!passage || passage->answer != begins.answer)
+		bpf_map_update_elem(&begun, tuple, &begins, BPF_ANY);
+}
 
-		bpf_map_update_elem(&seen, tuple, &begins, BPF_ANY);
+/* Take note of the device by which it is answered.  What comes by a macvlan's parent comes by the
+ * macvlan, too; and what is sent again may come another way.
+ */
+static __always_inline void note_answer(const struct tuple *tuple, const struct packet *packet,
+					__u32 device)
+{
+	struct passage *passage;
+
+	if (!(packet->flags & ACK))
 		return;
-	}
-	device = in ? &begun->in : &begun->out;
-	*device = !*device || *device == passed ? passed : SEVERAL;
+	passage = bpf_map_lookup_elem(&begun, tuple);
+	if (!passage || passage->answer != packet->ack || passage->device == device ||
+	    passage->device == SEVERAL)
+		return;
+	passage->device = passage->device ? SEVERAL : device;
+	bpf_map_update_elem(&seen, tuple, &passage->device, BPF_ANY);
 }
 
 /* --- in --- */
@@ -1040,8 +1055,7 @@ int ingress(struct __sk_buff *skb)
 	}
 	flow = find(&packet.tuple, &number, &end);
 	if (!flow) {
-		if (packet.flags & SYN)
-			note_passage(&packet.tuple, &packet, skb->ifindex, 0);
+		note_answer(&packet.tuple, &packet, skb->ifindex);
 		return NEXT;
 	}
 	end &= 1;
@@ -1060,7 +1074,7 @@ int ingress(struct __sk_buff *skb)
 	case FLOW_ENDED:
 	case FLOW_RESET:
 		if (packet.flags & SYN) {
-			note_passage(&packet.tuple, &packet, skb->ifindex, 0);
+			note_answer(&packet.tuple, &packet, skb->ifindex);
 			return forget(flow);
 		}
 		if (state == FLOW_ENDED)
@@ -1157,7 +1171,7 @@ int egress(struct __sk_buff *skb)
 		return NEXT;
 	turn_round(&packet.tuple, &tuple);
 	if (packet.flags & SYN)
-		note_passage(&tuple, &packet, 0, skb->ifindex);
+		note_syn(&tuple, &packet);
 	if ((packet.flags & (SYN | ACK)) == SYN) {
 		__u32 lacks = skb->priority;
 
@@ -1241,23 +1255,20 @@ static __always_inline __u32 port_change(const struct tuple *was, const struct t
 	return fold32(sum);
 }
 
-/* Which way the two ends are reached, as their SYNs came. */
+/* Which way the two ends are reached, as they have been heard. */
 static __always_inline int find_ways(struct __sk_buff *skb, const struct install *in,
 				     struct flow *flow, struct tcp_sock *client)
 {
-	struct passage *client_way = bpf_map_lookup_elem(&seen, &in->client);
-	struct passage *backend_way = bpf_map_lookup_elem(&seen, &in->backend);
+	__u32 *client_seen = bpf_map_lookup_elem(&seen, &in->client);
+	__u32 *backend_seen = bpf_map_lookup_elem(&seen, &in->backend);
 	__u32 client_device, backend_device, headers;
 	int result;
 
-	if (!client_way || !backend_way)
+	if (!client_seen || !backend_seen)
 		return INSTALL_UNSEEN;
-	client_device = client_way->in;
-	backend_device = backend_way->in;
-	if (!client_device || !client_way->out || !backend_device || !backend_way->out)
-		return INSTALL_UNSEEN;
-	if (client_device == SEVERAL || client_way->out == SEVERAL || backend_device == SEVERAL ||
-	    backend_way->out == SEVERAL)
+	client_device = *client_seen;
+	backend_device = *backend_seen;
+	if (client_device == SEVERAL || backend_device == SEVERAL)
 		return INSTALL_STACKED;
 	if (client_device == backend_device)
 		return INSTALL_HAIRPIN;

@@ -16,7 +16,7 @@ enum {
 	/* flows at once; what it takes of memory, 23 MB, is taken at once */
 	MAX_FLOWS = 65536,
 	MAX_ENDS = 131072,
-	/* SYNs whose way is remembered until their connection is handed over */
+	/* handshakes that are remembered until they are answered, and then until the hand-over */
 	MAX_SEEN = 16384,
 	/* routers and workers of one instance at once, each with a ring of its own */
 	MAX_OWNERS = 32,
@@ -30,13 +30,14 @@ struct tuple {
 	__be16 from_port, to_port;
 };
 
-/* The devices that the two SYNs of a connection passed with the same addresses, turned round. */
+/* A SYN or SYN-ACK of this host's own, and what has answered it with its addresses, turned round.
+ */
 struct passage {
-	__u32 number; /* the sequence number of the first one */
-	__u32 in, out;
+	__u32 answer; /* what that acknowledges: the next sequence number */
+	__u32 device; /* by which it came; 0: it has not */
 };
 
-/* in the place of a device: a SYN passed two */
+/* in the place of a device: it came by two */
 enum { SEVERAL = 0xffffffff };
 
 enum { CLIENT_END, BACKEND_END };
@@ -119,8 +120,8 @@ struct flow_event {
 enum install_result {
 	INSTALL_OK,
 	INSTALL_BAD,
-	INSTALL_UNSEEN, /* a SYN has not passed the hooks with these addresses */
-	INSTALL_STACKED, /* a SYN has passed several devices */
+	INSTALL_UNSEEN, /* the handshake has not passed the hooks with these addresses */
+	INSTALL_STACKED, /* it has passed several devices */
 	INSTALL_HAIRPIN, /* both ends are behind the same device */
 	INSTALL_ASYMMETRIC, /* an end is reached another way than it is heard */
 	INSTALL_FORWARDING_OFF,

@@ -72,7 +72,7 @@ _ETHERNET: Final = 14
 _REDIRECT: Final = 7
 """TC_ACT_REDIRECT."""
 
-_PINNED: Final = ("ends", "flows", "seen", "notes", "rings", "lost")
+_PINNED: Final = ("ends", "flows", "begun", "seen", "notes", "rings", "lost")
 
 _FLOW_SIZE: Final = ffi.sizeof("struct flow")
 _ENTRY_AT: Final = ffi.offsetof("struct flow", "ways")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 from harness.ends import Backend, client_hello, read_all, read_exactly
+from harness.flood import SOURCES, send_syns
 from harness.lab import (
     ANYWHERE,
     CLIENT,
@@ -20,6 +21,7 @@ from harness.lab import (
 )
 from harness.machines import Here
 from harness.packet_lab import HANDOFF, HELLOS, HOSTS, VERSIONS, Ends, House, PacketLab
+from harness.sockets import counts
 from harness.tools import wait_for
 from harness.tunnel import DEVICE, tunnel
 
@@ -31,6 +33,9 @@ REFUSALS = "sniroute_handoff_refusals_total"
 NETWORKS = [f"198.18.{n}.0/24" for n in (1, 2)] + [f"2001:db8:0:{n}::/64" for n in (1, 2)]
 
 LOOPBACKS = {4: "127.0.0.1", 6: "::1"}
+
+FLOOD = 60_000
+"""More SYNs than are noted at once, several times over."""
 
 BESIDE = {4: "192.0.2.1", 6: "2001:db8:0:8::1"}
 """The host's address where there is a second way to it."""
@@ -333,6 +338,31 @@ def test_a_client_on_another_bridge_is(version: int, house: House, stranger: Con
             talk(ends)
     finally:
         house.tell()
+
+
+@pytest.mark.parametrize("is_forwarded", [False, True], ids=["to the product", "through the host"])
+def test_a_slow_client_in_a_flood_of_syns_is(is_forwarded: bool) -> None:  # noqa: FBT001
+    """
+    What is noted of a client lasts until the rest of its hello comes, whoever else says SYN.
+    """
+    with PacketLab() as lab, House.running(lab) as house:
+        lab.host.run("ip", "route", "add", SOURCES, "via", EDGE)
+        lab.reach_directly(4, house.app)
+        to, answers = (house.app.address[4], 81), (house.app, "TcpOutRsts")
+        if not is_forwarded:
+            to, answers = lab.front, (lab.host, "TcpOutSegs")
+        with house.dial() as client:
+            client.sendall(HELLOS[4][:100])
+            before = counts(*answers)
+            send_syns(lab.world, to, FLOOD)
+            after = counts(*answers)
+            client.sendall(HELLOS[4][100:])
+            with house.backends[4].accept() as end:
+                talk((client, end))
+            name = client.getsockname()[:2]
+
+        assert sum(after.values()) - sum(before.values()) > FLOOD / 2
+        assert HANDOFF == house.line(name)["handoff"]
 
 
 @pytest.fixture(scope="module")
