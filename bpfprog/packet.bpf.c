@@ -96,6 +96,7 @@ struct tcp_options_received {
 	__u16 tstamp_ok : 1;
 	__u16 sack_ok : 3;
 	__u16 snd_wscale : 4, rcv_wscale : 4;
+	__u16 user_mss, mss_clamp;
 } KERNEL;
 struct tcp_sock {
 	__u64 bytes_received;
@@ -1257,7 +1258,8 @@ static __always_inline __u32 port_change(const struct tuple *was, const struct t
 
 /* Which way the two ends are reached, as they have been heard. */
 static __always_inline int find_ways(struct __sk_buff *skb, const struct install *in,
-				     struct flow *flow, struct tcp_sock *client)
+				     struct flow *flow, struct tcp_sock *client,
+				     struct tcp_sock *backend)
 {
 	__u32 *client_seen = bpf_map_lookup_elem(&seen, &in->client);
 	__u32 *backend_seen = bpf_map_lookup_elem(&seen, &in->backend);
@@ -1283,6 +1285,12 @@ static __always_inline int find_ways(struct __sk_buff *skb, const struct install
 	/* the client was told what it may send before its backend was known */
 	headers = flow->is_ipv6 ? sizeof(struct ipv6) + TCP_LEN : sizeof(struct ipv4) + TCP_LEN;
 	if (client->advmss + headers > flow->ways[CLIENT_END].mtu)
+		return INSTALL_MTU;
+	/* The backend was told by TCP_MAXSEG what the client takes.  If it takes less itself, that
+	 * is what mss_clamp is; if it takes as much, a client that is no odder sends no more.
+	 */
+	if (backend->rx_opt.mss_clamp < backend->rx_opt.user_mss &&
+	    backend->rx_opt.mss_clamp < client->advmss)
 		return INSTALL_MTU;
 	return INSTALL_OK;
 }
@@ -1362,7 +1370,7 @@ static __always_inline int make_flow(struct __sk_buff *skb, struct install *in, 
 	flow->bleach = (client->ecn_flags ^ backend->ecn_flags) & TCP_ECN_OK;
 	to_backend->mtu = to_client->mtu = 65535;
 	if (!in->anywhere) {
-		result = find_ways(skb, in, flow, client);
+		result = find_ways(skb, in, flow, client, backend);
 		if (result)
 			return result;
 	}

@@ -125,7 +125,7 @@ enum install_result {
 	INSTALL_HAIRPIN, /* both ends are behind the same device */
 	INSTALL_ASYMMETRIC, /* an end is reached another way than it is heard */
 	INSTALL_FORWARDING_OFF,
-	INSTALL_MTU, /* what an end may send is too big for the other's way */
+	INSTALL_MTU, /* what the client may send is too big for the backend, or its way */
 	INSTALL_FAMILY,
 	INSTALL_NOT_ESTABLISHED,
 	INSTALL_OPTIONS, /* timestamps or SACK on one leg only */

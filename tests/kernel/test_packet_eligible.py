@@ -279,6 +279,25 @@ def test_a_backend_by_a_tunnel_is_not(version: int) -> None:
             assert "unseen" == refusal(house, version, lab.world)
 
 
+@pytest.mark.parametrize("is_route", [False, True], ids=["device", "route"])
+@VERSIONS
+def test_a_backend_that_takes_less_than_its_client_may_send_is_not(
+    version: int,
+    is_route: bool,  # noqa: FBT001
+) -> None:
+    """
+    A container that asks for smaller segments than the client was told of gets them.
+    """
+    with PacketLab() as lab, House.running(lab) as house:
+        if is_route:
+            via = ("via", gateway(version), "advmss", "1000")
+            house.app.run("ip", f"-{version}", "route", "replace", "default", *via)
+        else:
+            house.app.run("ip", "link", "set", "eth0", "mtu", "1300")
+
+        assert "mtu" == refusal(house, version, lab.world)
+
+
 def test_replies_by_another_way_are_not() -> None:
     """
     A client that is heard by one device and reached by another one has its packets left alone.
@@ -338,6 +357,20 @@ def test_a_client_on_another_bridge_is(version: int, house: House, stranger: Con
             talk(ends)
     finally:
         house.tell()
+
+
+@VERSIONS
+def test_a_client_that_takes_less_is(version: int) -> None:
+    """
+    A client that asks for small segments gets them: the backend was told of it.
+    """
+    with PacketLab() as lab, House.running(lab) as house:
+        small = ("dev", "eth0", "src", CLIENT[version], "advmss", "1000")
+        lab.world.run("ip", f"-{version}", "route", "replace", FRONT[version], *small)
+        with house.spliced(version) as ends:
+            talk(ends)
+            # without the twelve bytes of the timestamps
+            assert 988 == ends[1].getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
 
 
 @pytest.mark.parametrize("is_forwarded", [False, True], ids=["to the product", "through the host"])
