@@ -5,20 +5,19 @@ A connection that an earlier router has accepted, handed over as packets, and le
 import time
 from typing import TYPE_CHECKING
 
-import orjson
-
 from controller.core.clientip import Choice
 from controller.core.routes import Backend, Route
 from controller.router._native import ffi
-from controller.router.address import pack, readable
+from controller.router.address import readable
 from controller.router.connection import Connection, Hello
+from controller.router.note import read_note
 from controller.router.packet import PacketFlow
 
 if TYPE_CHECKING:
     from controller.router.router import Router
 
 UNKNOWN = "unknown"
-"""The route and the backend of a connection whose router ended before it had taken notes."""
+"""The route and the backend of a connection of which there is no note."""
 
 
 class Adopted(Connection):
@@ -30,7 +29,7 @@ class Adopted(Connection):
 
     def __init__(self, router: "Router", flow: PacketFlow, note: bytes) -> None:
         """
-        Read *note*, as `Connection.note` writes it; it may be empty.
+        Read *note*; without one that is understood, little is known.
         """
         client, backend = flow.endpoints
         address, port = client
@@ -39,15 +38,15 @@ class Adopted(Connection):
         super().__init__(router, -1, arrival, time.monotonic())
         self.flow = flow
         self.result = "forwarded"
-        known = orjson.loads(note) if note else {}
+        known = read_note(note)
         if known:
-            self.began -= time.time() - known["began"]
-            self.client = pack(tuple(known["client"]))
-            self.choice = Choice(transparent=known["transparent"])
-        self.hello = Hello(server_name=known.get("server_name"))
-        self.route = Route(known.get("route", UNKNOWN), ())
+            self.began -= time.time() - known.began
+            self.client = known.endpoint
+            self.choice = Choice(transparent=known.transparent)
+        self.hello = Hello(server_name=known.server_name if known else None)
+        self.route = Route(known.route if known else UNKNOWN, ())
         self.backend = Backend(
-            known.get("backend", UNKNOWN),
-            known.get("source", ""),
+            known.backend if known else UNKNOWN,
+            known.source if known else "",
             *readable(backend),
         )

@@ -17,9 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import orjson
-
-from bpfprog import MAX_NOTE
 from controller.core import alert
 from controller.core.clientip import Choice
 from controller.core.hello import HelloError, read_alpn, read_server_name, read_versions
@@ -46,6 +43,7 @@ from controller.router.address import (
 )
 from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused
 from controller.router.loop import Handler, Timer
+from controller.router.note import Note
 from controller.router.transparency import NO_REPLY, NOT_THERE
 from controller.settings import ClientIp
 
@@ -537,28 +535,22 @@ class Connection:
         self.result = self.result or reason
         self._close(reset=True)
 
-    def note(self) -> bytes:
+    def note(self) -> Note:
         """
-        Write what a later router has to know of this connection, in at most MAX_NOTE bytes.
+        Take down what a later router has to know of this connection.
         """
-        route, backend, hello = self.route, self.backend, self.hello
+        route, backend = self.route, self.backend
         assert route is not None  # noqa: S101 - it was handed over
         assert backend is not None  # noqa: S101 - as above
-        note = {
-            "began": time.time() - (time.monotonic() - self.began),
-            "route": route.host,
-            "backend": backend.name,
-            "source": backend.source,
-            "client": self.peer,
-            "transparent": self.choice.transparent,
-            "server_name": hello.server_name,
-        }
-        text = orjson.dumps(note)
-        for less in ("server_name", "backend", "source"):
-            if len(text) > MAX_NOTE:
-                note[less] = ""
-                text = orjson.dumps(note)
-        return text
+        return Note(
+            began=time.time() - (time.monotonic() - self.began),
+            route=route.host,
+            backend=backend.name,
+            source=backend.source,
+            client=self.peer,
+            transparent=self.choice.transparent,
+            server_name=self.hello.server_name,
+        )
 
     def record(self, reason: str) -> dict[str, Any]:
         """

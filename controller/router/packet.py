@@ -28,6 +28,7 @@ from controller.core.session import BACKEND, CLIENT, Side
 from controller.router._native import ffi, lib
 from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused, forgotten
 from controller.router.loop import Loop
+from controller.router.note import write_note
 from controller.router.ports import Ports
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ class PacketHandoff:
             connection = self._unnoted.popleft()[1]
             lasting = connection.flow
             if isinstance(lasting, PacketFlow) and not lasting.session.over:
-                self.packet.note(lasting.number, connection.note())
+                self.packet.note(lasting.number, write_note(connection.note()))
 
     # --- ends ---
 

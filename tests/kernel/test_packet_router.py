@@ -35,8 +35,10 @@ from harness.packet_lab import (
     told,
     write_routes,
 )
-from harness.tools import HarnessError, wait_for
+from harness.tools import HarnessError, run, wait_for
 from harness.transfer_promises import BLOCK
+
+from bpfprog.packet import MAX_NOTE
 
 ACTIVE = "sniroute_connections_active"
 
@@ -112,6 +114,33 @@ def test_flows_need_no_router(client_ip: str, how: str, lab: PacketLab) -> None:
     }
     assert Counter(client_fin=len(living) + 1, client_rst=1) == Counter(x["reason"] for x in lines)
     assert len(living) == sum(line["bytes_out"] == 1000 + 2 * PIECE for line in lines)
+
+
+def test_a_note_that_is_not_understood_costs_no_start(lab: PacketLab) -> None:
+    """
+    Of a flow whose note another version wrote, less is known; it is taken over like the others.
+    """
+    with ExitStack() as stack, House.running(lab) as house:
+        pairs = [stack.enter_context(house.joined()) for _ in range(2)]
+        wait_for("all noted", lambda: lab.notes() == len(pairs))
+        house.sniroute.kill()
+        (pin,) = lab.bpffs.rglob("notes")
+        first = json.loads(run("bpftool", "--json", "map", "dump", "pinned", pin))[0]["key"]
+        other = b'{"version":2}'.ljust(MAX_NOTE, b"\0")
+        values = ("value", "hex", *other.hex(" ").split())
+        run("bpftool", "map", "update", "pinned", pin, "key", "hex", *first, *values)
+        with lab.product(routes=write_routes(house.app)) as next_one:
+            adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
+            for ends in pairs:
+                exchange(ends, PIECE)
+                for end in ends:
+                    end.close()
+            lines = wait_for(
+                "both told of", lambda: len(told(next_one)) == len(pairs) and told(next_one)
+            )
+
+    assert len(pairs) == adopted
+    assert {"unknown", "app.example.com"} == {line["route"] for line in lines}
 
 
 # --- killed at any instant ---

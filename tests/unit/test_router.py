@@ -8,12 +8,12 @@ from typing import cast
 import pytest
 from controller.router._native import ffi
 
-from bpfprog import MAX_NOTE
 from controller.core.routes import Backend, Route, RouteTable
 from controller.router.adopted import Adopted
 from controller.router.connection import Connection, Hello
 from controller.router.flow import Flow, Handoff
 from controller.router.loop import Loop
+from controller.router.note import write_note
 from controller.router.packet import PacketFlow
 from controller.router.relay import RelayHandoff
 from controller.router.router import Router
@@ -148,14 +148,11 @@ class LeftFlow(BodilessFlow):
     endpoints = (b"\xcb\x00\x71\x07", 50000), (b"\xc6\x33\x64\x02", 443)
 
 
-def adopted(router: Router, backend: Backend, server_name: str = "one.example.com") -> Adopted:
+def adopted(router: Router, backend: Backend) -> Adopted:
     noted = connection(router, backend)
-    noted.route, noted.hello = Route("one.example.com", (backend,)), Hello(server_name)
+    noted.route, noted.hello = Route("one.example.com", (backend,)), Hello("one.example.com")
     noted.client = b"\xcb\x00\x71\x07", 50000
-    note = noted.note()
-
-    assert MAX_NOTE >= len(note)
-    return Adopted(router, cast("PacketFlow", LeftFlow()), note)
+    return Adopted(router, cast("PacketFlow", LeftFlow()), write_note(noted.note()))
 
 
 def test_an_adopted_flow_whose_container_went_meanwhile_is_cut(router: Router) -> None:
@@ -173,21 +170,3 @@ def test_an_adopted_flow_whose_container_went_meanwhile_is_cut(router: Router) -
     assert {"docker": "backend_gone", "podman": "", "file": ""} == {
         source: cast("HeldFlow", flow).reason for source, flow in flows.items()
     }
-
-
-@pytest.mark.parametrize("size", [10, 240, 1000])
-def test_a_note_leaves_out_what_is_too_long(size: int, router: Router) -> None:
-    """
-    The route always has its place in a note, and what the note says is said in full.
-    """
-    name = "n" * size
-    left = adopted(router, Backend(name, name, "198.51.100.2", 443), name[:253])
-
-    assert left.route == Route("one.example.com", ())
-    assert left.backend is not None
-    assert {left.backend.name, left.backend.source, left.hello.server_name} <= {
-        "",
-        name,
-        name[:253],
-    }
-    assert size > 100 or (name, name) == (left.backend.name, left.backend.source)
