@@ -8,11 +8,13 @@ Rules of this file:
 
 1. What is pinned outlives the process: maps, and the programs' links to devices.  A loader finds
    what an earlier one left and takes it over; programs are replaced in place.
-2. A flow's number may be another's only `QUARANTINE` seconds after its end.
+2. Who uses what is pinned has a lock on its folder; it is taken down by one who is alone with it.
+3. A flow's number may be another's only `QUARANTINE` seconds after its end.
 """
 
 import contextlib
 import errno
+import fcntl
 import os
 import struct
 from collections.abc import Iterable
@@ -110,13 +112,20 @@ class Packet:
     """
 
     def __init__(
-        self, directory: Path, owner: int, path: Path = OBJECT, *, has_tcx: bool = True
+        self,
+        directory: Path,
+        owner: int,
+        path: Path = OBJECT,
+        *,
+        joins: bool = False,
+        has_tcx: bool = True,
     ) -> None:
         """
         Load the programs, with the maps that are pinned in *directory* of a bpffs, or new ones.
 
-        *owner* is which of the rings is this process's, below MAX_OWNERS.  Without *has_tcx* they
-        are attached as on kernels before 6.6, to the qdisc clsact.
+        *owner* is which of the rings is this process's, below MAX_OWNERS.  One that *joins* another
+        process makes nothing that is pinned, and takes nothing down.  Without *has_tcx* the
+        programs are attached as on kernels before 6.6, to the qdisc clsact.
 
         Raises:
             KernelError: that is not possible; the message says what and why.
@@ -128,15 +137,16 @@ class Packet:
         self._has_tcx = has_tcx
         self._classic: set[int] = set()
         self._maps: list[Any] = []
+        self._lock = -1
         lib.splice_log_start()
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as err:
-            raise KernelError(err.errno, f"{directory}: {err.strerror}") from None
-        self._object = lib.bpf_object__open_file(os.fsencode(path), ffi.NULL)
-        if self._object == ffi.NULL:
-            raise error(ffi.errno, f"open {path.name}")
-        try:
+            if not joins:
+                self._lock = _enter(directory)
+            elif not directory.is_dir():
+                raise KernelError(errno.ENOENT, f"{directory}: nothing is pinned")  # noqa: TRY301
+            self._object = lib.bpf_object__open_file(os.fsencode(path), ffi.NULL)
+            if self._object == ffi.NULL:
+                raise error(ffi.errno, f"open {path.name}")  # noqa: TRY301
             self._load(owner)
         except BaseException:
             self.close()
@@ -205,6 +215,12 @@ class Packet:
         if self._object != ffi.NULL:
             lib.bpf_object__close(self._object)
             self._object = ffi.NULL
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def __enter__(self) -> Self:
         return self
@@ -296,6 +312,20 @@ class Packet:
             with contextlib.suppress(FileNotFoundError):
                 self._pin(hook, device).unlink()
 
+    def is_alone(self) -> bool:
+        """
+        Whether nobody else uses what is pinned; if so, nobody can begin to before `unpin` or close.
+        """
+        if self._lock < 0:
+            return False
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # the kernel has given up the lock that was to become that one
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            return False
+        return True
+
     def unpin(self) -> None:
         """
         Leave nothing behind: the programs go off their devices, and the maps end with the process.
@@ -306,6 +336,7 @@ class Packet:
                 (self.directory / name).unlink()
         with contextlib.suppress(OSError):
             self.directory.rmdir()
+        self._leave()
 
     # --- events ---
 
@@ -469,6 +500,27 @@ class Packet:
         kind = b"\x86\xdd" if packet[0] >> 4 == 6 else b"\x08\x00"  # noqa: PLR2004 - IPv6
         frame = bytes(12) + kind + packet
         return not lib.packet_emit(self._packet, ffi.from_buffer(frame), len(frame), device)
+
+
+def _enter(directory: Path) -> int:
+    """
+    Make *directory*, if need be, and lock it as one of those that use it; a descriptor.
+
+    Raises:
+        KernelError: that is not possible; the message says why.
+    """
+    while True:
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as err:
+            raise KernelError(err.errno, f"{directory}: {err.strerror}") from None
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        # whoever had it alone has taken it down
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), directory.stat()):
+                return fd
+        os.close(fd)
 
 
 def silence(one: int, other: int) -> None:

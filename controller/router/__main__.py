@@ -104,7 +104,7 @@ def _serve(settings: RouterSettings) -> None:
     beside = predecessor.sockets if predecessor is not None else ()
     # first: who has the name has the place, and with it the pins
     place = listen(settings.control, replacing=replacing)
-    half, alone = _take_half(settings.control, predecessor)
+    half, other = _take_half(settings.control, predecessor)
     owner = half * OWNERS
     groups = _bind(settings, beside)
 
@@ -134,9 +134,9 @@ def _serve(settings: RouterSettings) -> None:
         if reports is not None:
             workers.start(reports)
         _open(router, control, workers, groups[0], predecessor)
-        if alone:
-            # it asks the loop, and the workers
-            threading.Thread(target=control.settle, args=(1 - half,), daemon=True).start()
+        # it asks the loop, and the workers
+        settle = partial(_settle, control, 1 - half, other)
+        threading.Thread(target=settle, name="settle", daemon=True).start()
         logger.info(
             "router ready",
             version=name,
@@ -154,49 +154,56 @@ def _serve(settings: RouterSettings) -> None:
     logger.info("router stopped")
 
 
-def _take_half(control: Path, predecessor: Predecessor | None) -> tuple[int, bool]:
+def _take_half(control: Path, predecessor: Predecessor | None) -> tuple[int, int]:
     """
     Take a half of the owners of flows, for as long as this process or one of its workers lives.
 
     Returns:
-        Which, and whether the other is nobody's.
+        Which, and a descriptor of what stands for the other, for `_settle`.
 
     Raises:
         NotPossible: routers that are still at work have both.
     """
-    if predecessor is not None:
-        half = 1 - predecessor.owner // OWNERS
-        if _lock(control, half) < 0:
-            raise NotPossible("a router that ran here before is still at work: try again later")
-        return half, False
+    halves = [0, 1] if predecessor is None else [1 - predecessor.owner // OWNERS]
+    files = [_half(control, half) for half in range(2)]
     until = time.monotonic() + LAST_BREATH
     while True:
-        locks = _lock(control, 0), _lock(control, 1)
-        mine = 0 if locks[0] >= 0 else 1
-        if min(locks) >= 0 or (max(locks) >= 0 and time.monotonic() > until):
-            if locks[1 - mine] >= 0:
-                os.close(locks[1 - mine])
-            return mine, min(locks) >= 0
-        for fd in locks:
-            if fd >= 0:
-                os.close(fd)
+        for half in halves:
+            if _lock(files[half], fcntl.LOCK_NB):
+                return half, files[1 - half]
         if time.monotonic() > until:
             raise NotPossible("routers that ran here before are still at work: try again later")
         time.sleep(0.05)
 
 
-def _lock(control: Path, half: int) -> int:
+def _half(control: Path, half: int) -> int:
     """
-    Lock the file that stands for *half* of the owners; its descriptor, or -1 if it is locked.
+    Open the file that stands for *half* of the owners.
     """
     path = control.with_name(f"{control.name}.{half}")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _lock(fd: int, flags: int = 0) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | flags)
     except BlockingIOError:
-        os.close(fd)
-        return -1
-    return fd
+        return False
+    return True
+
+
+def _settle(control: Control, half: int, fd: int) -> None:
+    """
+    Take over the flows of the other *half* of owners, once nobody has it any more.
+
+    Meanwhile nobody else can take it; then it is free for who replaces this router.
+    """
+    # capabilities are a thread's
+    privilege.drop_to(())
+    _lock(fd)
+    control.settle(half)
+    # the nursery has it open too
+    fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def _open(
@@ -216,11 +223,8 @@ def _open(
     router.listen(listeners, workers.listeners)
     workers.serve()
     if predecessor is not None:
-        settle = partial(control.settle, predecessor.owner // OWNERS)
         sockets = [*router.held, *([control.metrics.socket] if control.metrics else [])]
-        predecessor.switch(sockets, router.transparency.plumbed, settle)
-    if router.packet is not None:
-        router.packet.stay()
+        predecessor.switch(sockets, router.transparency.plumbed)
 
 
 def _make(
@@ -239,7 +243,7 @@ def _make(
     router = Router(settings, loop, max_connections, worker)
     router.owner = owner
     splice, refusal = _load(settings.handoff, capabilities)
-    packet, no_packet = _load_packet(settings, owner)
+    packet, no_packet = _load_packet(settings, owner, worker)
     # loaded and bound: joining sockets needs no privilege, only a client's address does
     off = settings.client_ip == ClientIp.OFF
     privilege.drop_to(() if off and packet is None else ("NET_ADMIN",))
@@ -358,13 +362,22 @@ def _load(choice: HandoffChoice, capabilities: frozenset[str]) -> tuple[Splice |
         return None, reason
 
 
-def _load_packet(settings: RouterSettings, owner: int) -> tuple[Packet | None, str]:
-    if settings.handoff not in (HandoffChoice.AUTO, HandoffChoice.PACKET):
-        return None, "not asked for"
+def _load_packet(settings: RouterSettings, owner: int, worker: int) -> tuple[Packet | None, str]:
+    """
+    Load the packet programs if they may be used, or for the flows that an earlier router has left.
+
+    Returns:
+        They, if so, and why they are not to be used.
+    """
+    asked = settings.handoff in (HandoffChoice.AUTO, HandoffChoice.PACKET)
+    reason = "" if asked else "not asked for"
+    # what is pinned is worker 0's to make
+    if not (asked and not worker) and not pins.are_left(settings):
+        return None, reason or "switched off"
     try:
         if not pins.is_bpffs(settings.bpffs):
             raise KernelError(errno.ENOENT, f"no bpf filesystem at {settings.bpffs}")
-        return Packet(pins.own(settings), owner), ""
+        return Packet(pins.own(settings), owner, joins=worker > 0), reason
     except OSError as err:
         note = "\n".join(getattr(err, "__notes__", ()))
         logger.warning("packet programs refused", error=err.strerror, verifier=note[-4096:])
@@ -390,23 +403,17 @@ def _choose(
             logger.warning("hand-off refused", handoff=sockmap.name, reason=refusal)
     if packet is not None:
         handoff = PacketHandoff(loop, packet, settings.connect_timeout, settings.packet_idle)
-        try:
-            prove_packet(loop, handoff)
-            if not router.worker:
-                router.devices = Devices(packet.follow)
-                handoff.on_drained = router.devices.stop
-            handoff.on_freed = router.freed
-            handoff.keeps_pins = not router.worker
-            handoff.ports = Ports(packet.owner // OWNERS, router.worker, settings.workers)
-            if settings.replace:
-                # the pins are the old router's until the switch
-                handoff.leave()
-            router.packet = handoff
+        handoff.on_freed = router.freed
+        handoff.ports = Ports(packet.owner // OWNERS, router.worker, settings.workers)
+        router.packet = handoff
+        no_packet = no_packet or _prove_packet(router, handoff)
+        if no_packet:
+            handoff.retire(no_packet)
+        else:
             ladder.insert(0, handoff)
-        except (SelfTestFailed, OSError) as err:
-            no_packet = f"self-test: {err}"
-            logger.warning("hand-off refused", handoff=handoff.name, reason=no_packet)
-    if settings.handoff == HandoffChoice.PACKET and router.packet is None:
+    if settings.handoff == HandoffChoice.PACKET and no_packet and not router.worker:
+        if router.packet is not None:
+            router.packet.close()
         raise NotPossible(f"hand-off packet does not work here: {no_packet}")
     if settings.handoff == HandoffChoice.SOCKMAP and len(ladder) == 1:
         raise NotPossible(f"hand-off sockmap does not work here: {refusal}")
@@ -414,8 +421,24 @@ def _choose(
     router.packet_reason = no_packet
     router.ladder = ladder
     router.ladder_reason = refusal if len(ladder) == 1 else "self-test passed"
-    if settings.handoff == HandoffChoice.AUTO and router.packet is None:
+    if settings.handoff == HandoffChoice.AUTO and no_packet:
         router.ladder_reason += f"; no packets: {no_packet}"
+
+
+def _prove_packet(router: Router, handoff: PacketHandoff) -> str:
+    """
+    Prove the packet hand-off, and attach it to the devices; the reason why it is not to be used.
+    """
+    try:
+        prove_packet(router.loop, handoff)
+        if not router.worker:
+            router.devices = Devices(handoff.packet.follow)
+            handoff.on_drained = router.devices.stop
+    except (SelfTestFailed, OSError) as err:
+        reason = f"self-test: {err}"
+        logger.warning("hand-off refused", handoff=handoff.name, reason=reason)
+        return reason
+    return ""
 
 
 def _drain_on_signal(router: Router) -> None:

@@ -332,8 +332,6 @@ class Control:
         if plumbing:
             self._router.transparency.leave()
             self._ask_workers({"type": "leave"})
-        if self._router.packet is not None:
-            self._router.packet.leave()
         linger = max(self._router.settings.hello_timeout, HANDSHAKE)
         self.loop.ask(partial(self._router.drain, linger))
         self._router.closed.wait()
@@ -354,7 +352,9 @@ class Control:
 
     def settle(self, half: int) -> None:
         """
-        Take over, with all workers, the flows of the router that was replaced, which has ended.
+        Take over, with all workers, the flows of the routers that had the other *half* of owners.
+
+        They have ended.
         """
         self.loop.ask(partial(self._router.adopt_half, half))
         self._ask_workers({"type": "adopt", "half": half})

@@ -382,7 +382,8 @@ def devices(host: Host) -> Finding:
     """
     check = "packet devices"
     followed, others = _devices()
-    missing = sorted({*followed} - {*host.packet["devices"]}) if host.packet else []
+    on = host.packet.get("state") == wire.PacketState.ON
+    missing = sorted({*followed} - {*host.packet["devices"]}) if on else []
     if missing:
         return Finding(
             check,

@@ -90,8 +90,7 @@ class PacketHandoff:
         self.is_on = True
         self.without_sockets = 0
         self.detached = False
-        self.keeps_pins = True
-        self._is_left = False
+        self._retired = ""
         self.on_freed: Callable[[], None] = lambda: None
         self.on_drained: Callable[[], None] = lambda: None
         self._serial = time.time_ns()
@@ -223,27 +222,24 @@ class PacketHandoff:
         Raises:
             ValueError: all has been taken down meanwhile.
         """
+        if self._retired:
+            raise ValueError(f"not in use here: {self._retired}")
         if self.detached:
             raise ValueError("detached: the next start of the router attaches it again")
         self.is_on = True
 
-    def leave(self) -> None:
+    def retire(self, reason: str) -> None:
         """
-        Leave what is pinned to the router that takes this one's place.
+        Be off for good, for *reason*: there are only the flows that an earlier router has left.
         """
-        self._is_left = True
-
-    def stay(self) -> None:
-        """
-        Take note that they are this router's own.
-        """
-        self._is_left = False
+        self._retired = reason
+        self.off()
 
     def close(self) -> None:
         """
         Leave nothing behind; but if there are flows, all: they go on, for the next router.
         """
-        if self._is_left or not self.keeps_pins:
+        if not self.packet.is_alone():
             return
         # those of other workers, which have ended, too
         flows = sum(self.packet.flow(number).state in LIVE for number in self.packet.numbers())
@@ -257,6 +253,8 @@ class PacketHandoff:
         Tell how it is.
         """
         state = "detached" if self.detached else "on" if self.is_on else "off"
+        if self._retired:
+            state = "not in use"
         attached = self.packet.devices
         return {
             "state": state,
@@ -295,8 +293,8 @@ class PacketHandoff:
                 self._guarded(flow, flow.look)
         self._look_at_waiting(now)
         self._reap(QUARANTINE)
-        drained = not self.is_on and self.keeps_pins and not self._is_left
-        if drained and not self.detached and not self.packet.numbers():
+        drained = not (self.is_on or self.detached or self.packet.numbers())
+        if drained and self.packet.is_alone():
             self.detached = True
             self.on_drained()
             self.packet.unpin()

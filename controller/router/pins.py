@@ -48,6 +48,16 @@ def own(settings: RouterSettings) -> Path:
     return settings.bpffs / FOLDER / f"{PACKET_ABI}-{_cookie()}-{place}"
 
 
+def are_left(settings: RouterSettings) -> bool:
+    """
+    Whether there are any where those of this router belong.
+    """
+    try:
+        return own(settings).is_dir()
+    except OSError:
+        return False
+
+
 def others(settings: RouterSettings) -> list[Left]:
     """
     Find the folders of other routers, whether they run or not.

@@ -13,7 +13,7 @@ The order that spares every client a refusal:
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -66,12 +66,9 @@ class Predecessor:
         self,
         listeners: Sequence[socket.socket],
         plumbing: bool,  # noqa: FBT001 - this router's stands, in the place of the old one's
-        on_gone: Callable[[], None],
     ) -> None:
         """
         Have all new clients come to *listeners*, which listen.
-
-        *on_gone* is called, in another thread, when the old router has ended.
         """
         groups: dict[str, list[socket.socket]] = {}
         for listener in listeners:
@@ -94,7 +91,6 @@ class Predecessor:
                 while self._socket.recv(READ_SIZE):
                     pass
             self._socket.close()
-            on_gone()
 
         threading.Thread(target=see_off, name="predecessor", daemon=True).start()
 

@@ -375,7 +375,7 @@ class Router:
 
     def adopt_half(self, half: int) -> None:
         """
-        Take over those of a router that was replaced; *half* of the owners were its own.
+        Take over those of a router that has ended; *half* of the owners were its own.
         """
         self.adopt(lambda owner: owner // OWNERS == half)
 

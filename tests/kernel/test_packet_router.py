@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
@@ -28,6 +29,7 @@ from harness.ends import (
 from harness.lab import CLIENT, FRONT, Container
 from harness.packet_lab import (
     HANDOFF,
+    QUARANTINE,
     VERSIONS,
     House,
     PacketLab,
@@ -141,6 +143,42 @@ def test_a_note_that_is_not_understood_costs_no_start(lab: PacketLab) -> None:
 
     assert len(pairs) == adopted
     assert {"unknown", "app.example.com"} == {line["route"] for line in lines}
+
+
+@pytest.mark.parametrize("handoff", ["sockmap", "relay"])
+def test_flows_are_seen_off_without_the_handoff(handoff: str, lab: PacketLab) -> None:
+    """
+    A router that is not to hand over as packets takes over what is under way, but no more.
+
+    With the last flow all that is pinned goes.
+    """
+    with ExitStack() as stack, House.running(lab) as house:
+        pairs = [stack.enter_context(house.joined(version)) for version in (4, 6)]
+        wait_for("all noted", lambda: lab.notes() == len(pairs))
+        house.sniroute.kill()
+        with lab.product("--handoff", handoff, routes=write_routes(house.app)) as next_one:
+            adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
+            with house.joined() as ends:
+                exchange(ends, 1000)
+            for ends in pairs:
+                exchange(ends, PIECE)
+            with pytest.raises(HarnessError, match="not in use here: not asked for"):
+                next_one.command("packet", "on")
+            for ends in pairs:
+                reset(ends[0])
+
+                assert ended_by_reset(ends[1])
+
+            wait_for("all told of", lambda: len(told(next_one)) == len(pairs) + 1)
+            wait_for("nothing pinned", lambda: not pinned(lab), timeout=QUARANTINE)
+            lines = told(next_one)
+
+    assert len(pairs) == adopted
+    assert Counter({HANDOFF: len(pairs), handoff: 1}) == Counter(x["handoff"] for x in lines)
+
+
+def pinned(lab: PacketLab) -> list[Path]:
+    return list((lab.bpffs / "sniroute").iterdir())
 
 
 # --- killed at any instant ---
