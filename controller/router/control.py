@@ -332,6 +332,8 @@ class Control:
         if plumbing:
             self._router.transparency.leave()
             self._ask_workers({"type": "leave"})
+        if self._router.devices is not None:
+            self._router.devices.stop()
         linger = max(self._router.settings.hello_timeout, HANDSHAKE)
         self.loop.ask(partial(self._router.drain, linger))
         self._router.closed.wait()

@@ -2,18 +2,29 @@
 The programs on the devices: as kernels before TCX had them, and while one router follows another.
 """
 
+import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from harness.lab import Lab
-from harness.packet_lab import HANDOFF, VERSIONS, House, PacketLab, exchange, told, write_routes
-from harness.tools import wait_for
+from harness.packet_lab import (
+    HANDOFF,
+    VERSIONS,
+    House,
+    PacketLab,
+    exchange,
+    told,
+    write_routes,
+)
+from harness.tools import run, wait_for
 
 from bpfprog import Packet
 
 DEVICES = ("br1", "out0")
+
+NEW_DEVICES = 8
 
 ACTIVE = "sniroute_connections_active"
 
@@ -83,3 +94,38 @@ def test_a_replacement_leaves_flows_alone(version: int, lab: PacketLab) -> None:
     assert 1 == adopted
     assert HANDOFF == line["handoff"]
     assert [] == told(old)
+
+
+def test_a_replaced_router_follows_no_devices(lab: PacketLab) -> None:
+    """
+    A device that comes while the old router drains runs the programs of the new one.
+    """
+    flags = ("--drain", "30", "--hello-timeout", "1")
+    with House.running(lab, *flags, handoff="relay") as house, house.joined() as ends:
+        old = house.sniroute
+        old.put_log_aside()
+        with lab.product(*flags, "--replace", routes=write_routes(house.app)):
+            wait_for("the switch", lambda: "replaced" in [line["event"] for line in old.log()])
+            names = [f"late{number}" for number in range(NEW_DEVICES)]
+            for name in names:
+                lab.host.run("ip", "link", "add", name, "type", "bridge")
+            with lab.host.network():
+                numbers = [socket.if_nametoindex(name) for name in ("out0", *names)]
+            programs = wait_for("its programs", lambda: attached(lab, numbers))
+            exchange(ends, 1000)
+
+            assert old.is_running()
+            for end in ends:
+                end.close()
+            old.wait_for_end()
+
+    assert 1 == len(programs)
+
+
+def attached(lab: PacketLab, devices: Iterable[int]) -> set[int] | None:
+    """
+    Tell which programs are at the ingress hooks of *devices*; None where one has none yet.
+    """
+    pins = [pin for number in devices for pin in lab.bpffs.rglob(f"ingress-{number}")]
+    links = [json.loads(run("bpftool", "--json", "link", "show", "pinned", pin)) for pin in pins]
+    return {link["prog_id"] for link in links} if len(pins) == 1 + NEW_DEVICES else None
