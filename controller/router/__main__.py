@@ -123,8 +123,11 @@ def _serve(settings: RouterSettings) -> None:
     router = _make(settings, capabilities, shares[0], 0, owner)
     name = version("sniroute")
     control = Control(router, place, settings.control, name, replacing=replacing)
-    if predecessor is not None and predecessor.table.generation:
-        router.replace_table(predecessor.table)
+    if predecessor is not None:
+        if predecessor.table.generation:
+            router.replace_table(predecessor.table)
+        if router.packet is not None and predecessor.is_off:
+            router.packet.off()
     if settings.metrics != "off":
         control.metrics = serve(settings.metrics, router, control, name, beside)
     _drain_on_signal(router)

@@ -37,7 +37,8 @@ class Predecessor:
     """
     The old router.
 
-    It serves *table*, has so many *sockets* for each address, and is the *owner* of its flows.
+    It serves *table*, has so many *sockets* for each address, and is the *owner* of its flows; the
+    packet hand-off *is_off* there if somebody has switched it off.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -55,6 +56,8 @@ class Predecessor:
         self.table: RouteTable = wire.read_hello(
             self._ask({"type": "hello", "version": wire.VERSION})
         )
+        packet = self._ask({"type": "packet", "state": wire.PacketState.STATUS}).get("packet")
+        self.is_off = packet is not None and packet["state"] in {"off", "detached"}
 
     def forget(self) -> None:
         """

@@ -11,6 +11,7 @@ import pytest
 from harness.lab import Lab
 from harness.packet_lab import (
     HANDOFF,
+    QUARANTINE,
     VERSIONS,
     House,
     PacketLab,
@@ -18,6 +19,7 @@ from harness.packet_lab import (
     told,
     write_routes,
 )
+from harness.product import Sniroute
 from harness.tools import run, wait_for
 
 from bpfprog import Packet
@@ -129,3 +131,34 @@ def attached(lab: PacketLab, devices: Iterable[int]) -> set[int] | None:
     pins = [pin for number in devices for pin in lab.bpffs.rglob(f"ingress-{number}")]
     links = [json.loads(run("bpftool", "--json", "link", "show", "pinned", pin)) for pin in pins]
     return {link["prog_id"] for link in links} if len(pins) == 1 + NEW_DEVICES else None
+
+
+def test_off_is_for_a_successor_too(lab: PacketLab) -> None:
+    """
+    A router that takes another's place leaves packets switched off; one that starts anew does not.
+    """
+    flags = ("--hello-timeout", "1")
+
+    def state(sniroute: Sniroute) -> str:
+        return json.loads(sniroute.command("packet", "status", "--json"))["state"]
+
+    with House.running(lab, *flags) as house:
+        old = house.sniroute
+        with house.joined() as ends:
+            old.command("packet", "off")
+            old.put_log_aside()
+            with lab.product(*flags, "--replace", routes=write_routes(house.app)) as new:
+                old.wait_for_end()
+                before = state(new)
+                exchange(ends, 1000)
+                with house.joined() as others:
+                    exchange(others, 1000)
+                for end in ends:
+                    end.close()
+                wait_for("all taken down", lambda: state(new) == "detached", timeout=QUARANTINE)
+                lines = told(new)
+        with lab.product(*flags, routes=write_routes(house.app)) as anew:
+            after = state(anew)
+
+    assert ("off", "on") == (before, after)
+    assert [HANDOFF, "sockmap"] == sorted(line["handoff"] for line in lines)
