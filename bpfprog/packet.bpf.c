@@ -754,7 +754,10 @@ static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end
 	__u32 next = way->next, upto = seq + packet->payload;
 
 	__sync_fetch_and_add(&way->packets, 1);
-	if (packet->flags & (SYN | RST) || !is_in_window(flow, end, upto))
+	if ((packet->flags & (SYN | RST | ACK)) != ACK || !is_in_window(flow, end, upto))
+		return;
+	/* RFC 5961, 5.2: nobody can acknowledge more than has been sent, and its FIN */
+	if (behind(ack, other->next + other->seq + 1))
 		return;
 	/* the FIN has a number, but is no byte */
 	if (way->fin_seen && behind(upto, way->fin - 1))
@@ -762,15 +765,13 @@ static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end
 	/* Every advance is added once, by whoever makes it; so the sum is exact. */
 	if (behind(upto, next) && __sync_val_compare_and_swap(&way->next, next, upto) == next)
 		__sync_fetch_and_add(&way->bytes, upto - next);
-	/* of no more than has been sent, and its FIN */
-	if (packet->flags & ACK && !behind(ack, other->next + other->seq + 1)) {
-		way->offered = window;
-		if (behind(ack, way->acked))
-			way->acked = ack;
-		if (other->fin_seen && !other->fin_acked && !behind(other->fin, ack + way->ack))
-			other->fin_acked = 1;
-	}
-	if (packet->flags & FIN && !way->fin_acked) {
+	way->offered = window;
+	if (behind(ack, way->acked))
+		way->acked = ack;
+	if (other->fin_seen && !other->fin_acked && !behind(other->fin, ack + way->ack))
+		other->fin_acked = 1;
+	/* with bytes behind it, it is none; what is sent later has the number behind it */
+	if (packet->flags & FIN && !way->fin_acked && !behind(next, upto + 1)) {
 		way->fin = upto + 1;
 		way->fin_seen = 1;
 		if (!other->fin_seen)

@@ -13,6 +13,12 @@ from dataclasses import dataclass
 from harness.machines import Here
 
 _TCP_REPAIR = 19
+_TCP_REPAIR_QUEUE = 20
+_TCP_QUEUE_SEQ = 21
+_RECV_QUEUE, _SEND_QUEUE = 1, 2
+_REPAIR_OFF = -1
+"""Without a packet to the other end."""
+
 _SIOCETHTOOL = 0x8946
 _IFNAMSIZ = 16
 
@@ -54,6 +60,19 @@ def vanish(sock: socket.socket) -> None:
     """
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
     sock.close()
+
+
+def numbers(sock: socket.socket) -> tuple[int, int]:
+    """
+    Read the sequence numbers of the next byte that *sock* will send, and of that it waits for.
+    """
+    found = []
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+    for queue in (_SEND_QUEUE, _RECV_QUEUE):
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR_QUEUE, queue)
+        found.append(sock.getsockopt(socket.IPPROTO_TCP, _TCP_QUEUE_SEQ) % 2**32)
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF)
+    return found[0], found[1]
 
 
 def counts(machine: Here, *names: str) -> dict[str, int]:
