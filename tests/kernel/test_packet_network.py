@@ -4,6 +4,7 @@ By packets, over networks as they are: lossy, narrow, congested, and with ends t
 
 import contextlib
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from harness.packet_lab import (
 )
 from harness.rough import BAD, Weather
 from harness.sockets import counts, devices, info, switch_offloads_off
+from harness.tools import wait_for
 from harness.transfer_promises import BLOCK
 
 from controller.core.session import Side
@@ -35,6 +37,8 @@ SMALL = 2 * PIECE
 AT_ONCE = 1.0
 """Seconds in which SMALL bytes arrive when their sender is told of a narrow way, and does not have
 to find out by what is lost."""
+
+SECOND = 1.1
 
 HEARD = 3.0
 """Seconds in which a sender hears of a narrow device: the program looks at it once a second."""
@@ -204,10 +208,23 @@ def test_a_way_that_becomes_narrow_is_found(version: int, lab: PacketLab) -> Non
         assert NARROW == info(end).pmtu
 
 
-@VERSIONS
-@pytest.mark.parametrize(
+NARROWED = pytest.mark.parametrize(
     ("device", "source"), [("out0", Side.BACKEND), ("br1", Side.CLIENT)], ids=["out0", "br1"]
 )
+"""The device of the host that becomes narrow, and who sends by it."""
+
+
+def tells(ends: Ends, source: Side) -> bool:
+    """
+    Send a little from *source*, and tell whether it knows of the narrow device.
+    """
+    assert carry(ends[source], ends[source.other]) < AT_ONCE
+
+    return info(ends[source]).pmtu == NARROW
+
+
+@VERSIONS
+@NARROWED
 def test_a_device_of_the_host_that_becomes_narrow_is_heard_of(
     device: str, source: Side, version: int, lab: PacketLab
 ) -> None:
@@ -218,11 +235,50 @@ def test_a_device_of_the_host_that_becomes_narrow_is_heard_of(
         carry(ends[source], ends[source.other])
         lab.host.run("ip", "link", "set", device, "mtu", str(NARROW))
 
-        until = time.monotonic() + HEARD
-        while info(ends[source]).pmtu != NARROW and time.monotonic() < until:
-            assert carry(ends[source], ends[source.other]) < AT_ONCE
+        wait_for("word of it", lambda: tells(ends, source), timeout=HEARD)
 
-        assert NARROW == info(ends[source]).pmtu
+
+@contextlib.contextmanager
+def forgetting(host: Here) -> Iterator[None]:
+    """
+    Have *host* forget all its neighbours meanwhile, every 20 ms.
+    """
+    command = host.outside("sh", "-c", "while ip neigh flush all; do sleep 0.02; done")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as loop:
+        try:
+            yield
+        finally:
+            loop.kill()
+
+
+@VERSIONS
+def test_neighbours_may_be_forgotten(version: int, lab: PacketLab) -> None:
+    """
+    A transfer goes on while the host has to ask for its neighbours again and again.
+    """
+    with House.running(lab) as house, house.spliced(version) as ends, forgetting(lab.host):
+        exchange(ends, 128 * PIECE)
+
+
+@VERSIONS
+@NARROWED
+def test_a_narrow_device_is_remembered_without_neighbours(
+    device: str, source: Side, version: int, lab: PacketLab
+) -> None:
+    """
+    When the host knows no neighbour, of which it would hear the MTU, the last one holds.
+    """
+    with House.running(lab) as house, house.spliced(version) as ends:
+        sender, machine = ends[source], (lab.world, house.app)[source]
+        lab.host.run("ip", "link", "set", device, "mtu", str(NARROW))
+        wait_for("word of it", lambda: tells(ends, source), timeout=HEARD)
+        machine.run("ip", f"-{version}", "route", "flush", "cache")
+        lab.host.run("ip", "neigh", "flush", "all")
+        # the program looks at the first packet of a second
+        time.sleep(SECOND)
+
+        assert carry(sender, ends[source.other]) < AT_ONCE
+        assert NARROW == info(sender).pmtu
 
 
 # --- congestion ---
