@@ -2,14 +2,14 @@
 Logs: one JSON object a line on standard error, for all processes.
 
 A log that nobody reads must not stop a router: lines wait in a bounded queue for a thread that
-writes them, and are dropped, and counted, when it is full.  The thread lets lines gather: one that
-woke for each would take more time from the router's loop than the line itself.
+writes them, and are dropped, and counted, when it is full, or the disk is.  The thread lets lines
+gather: one that woke for each would take more time from the router's loop than the line itself.
 """
 
 import atexit
 import contextlib
 import logging
-import sys
+import os
 import threading
 from collections import deque
 from collections.abc import MutableMapping
@@ -30,6 +30,8 @@ GATHER: Final = 0.02
 BATCH: Final = 1024
 """Lines in one write."""
 
+_STDERR: Final = 2
+
 LAST_LINES: Final = 2.0
 """Seconds that the end of the process waits for the lines in the queue."""
 
@@ -41,6 +43,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.dropped = 0
+        self._begun = b""
         self._lines: deque[bytes] = deque()
         self._bell = threading.Event()
         self._ending = threading.Event()
@@ -73,9 +76,22 @@ class Writer:
             self._bell.clear()
             while lines:
                 batch = [lines.popleft() for _ in range(min(len(lines), BATCH))]
-                with contextlib.suppress(OSError):
-                    sys.stderr.buffer.write(b"\n".join((*batch, b"")))
-                    sys.stderr.buffer.flush()
+                self._put(b"\n".join((*batch, b"")))
+
+    def _put(self, text: bytes) -> None:
+        """
+        Write *text*, and drop the lines that can not be written; but one that is begun is to end.
+        """
+        text = self._begun + text
+        written = 0
+        # not by a buffered file, which would keep what fails, and try it again at the exit
+        with contextlib.suppress(OSError):
+            while written < len(text):
+                written += os.write(_STDERR, text[written:])
+        is_begun = text[written - 1 : written] != b"\n" if written else bool(self._begun)
+        end = text.find(b"\n", written) + 1 if is_begun else written
+        self._begun = text[written:end]
+        self.dropped += text.count(b"\n", end)
 
     def finish(self) -> None:
         """
@@ -94,7 +110,7 @@ _line = {"event": "connection", "level": "", "process": ""}
 
 def dropped_lines() -> int:
     """
-    How many lines found the queue full.
+    How many lines found the queue, or the disk, full.
     """
     return sum(writer.dropped for writer in _writers)
 

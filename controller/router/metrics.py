@@ -120,7 +120,7 @@ class RouterCollector(Collector):
         )
         yield CounterMetricFamily(
             "sniroute_log_lines_dropped",
-            "Lines of the log that found its queue full, since nobody read it.",
+            "Lines of the log that found its queue full, since nobody read it, or its disk.",
             value=numbers.counts["dropped_lines"].total(),
         )
 
