@@ -54,10 +54,6 @@ _ENDS: Final = select.EPOLLRDHUP | select.EPOLLHUP
 
 WAITING: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
-TAKE_LIMIT: Final = 1024 * 1024
-"""Bytes of a client that are moved by hand behind a PROXY header; of one that has sent more, all
-are relayed."""
-
 LAST_WORD: Final = 2.0
 """Seconds that a refused client has to read its alert and end its half."""
 
@@ -145,7 +141,6 @@ class Connection:
         "_leaves",
         "_peer",
         "_router",
-        "_taken",
         "_timer",
         "_tries",
         "backend",
@@ -173,7 +168,6 @@ class Connection:
         self._timer: Timer | None = None
         self._connecting = -1
         self._tries: list[Backend] = []
-        self._taken = b""
         self._leaves: list[Callable[[], None]] = []
         self.began = began
         self.dialled = 0.0
@@ -228,10 +222,12 @@ class Connection:
             lib.wait_for_bytes(self.fd, header.at_least)
             self._wait(self._on_header)
             return
+        # it is for nobody but us: what comes next is, to every hand-off, the first that came
+        lib.drop_bytes(self.fd, header.size)
         self._header = header
         if header.source is not None:
             self.client = pack(header.source)
-        self._hello_reader = lib.hello_new(header.size)
+        self._hello_reader = lib.hello_new()
         self._peek()
 
     def _on_header(self, events: int) -> None:
@@ -442,10 +438,7 @@ class Connection:
 
     def _begin(self) -> Prelude:
         """
-        Write what comes before the hand-off: the PROXY header, and what a sender's header hid.
-
-        Behind a header that was read lies a segment that was read in part, of which BPF would
-        forward the whole: so what has come with it is moved by hand.
+        Write what comes before the hand-off, the PROXY header.
 
         Raises:
             OSError: the backend does not take it.
@@ -456,21 +449,8 @@ class Connection:
         if header:
             # the first bytes of a connection find its send buffer empty
             _send(self._connecting, header)
-        if not self._header.size:
-            return Prelude(given=len(header)) if header else UNTOUCHED
-        if not self._taken:
-            # once: the next backend, should this one fail, gets the same bytes
-            into = self._router.taken
-            taken = lib.take_bytes(self.fd, into, TAKE_LIMIT)
-            if taken < self._header.size:
-                raise OSError(errno.ECONNRESET, "client")
-            self._taken = ffi.buffer(into, taken)[:]
-        stream = self._taken[self._header.size :]
-        sent = _send(self._connecting, stream)
-        drained = len(self._taken) < TAKE_LIMIT
-        prelude = Prelude(len(self._taken), len(header) + sent, sent, stream[sent:], drained)
-        self._taken = b""
-        return prelude
+        taken = self._header.size
+        return Prelude(taken, len(header)) if taken or header else UNTOUCHED
 
     def _header_for(self, backend: Backend) -> bytes:
         local = self._header.destination

@@ -44,15 +44,12 @@ class Prelude:
     What has passed between two sockets before a hand-off takes them.
 
     *taken* bytes were read from the client and *given* written to the backend, *moved* of these
-    from the client; *pending* comes next, before anything else.  Not *drained* means that the
-    client's receive queue may begin with a segment that was read in part.
+    from the client.
     """
 
     taken: int = 0
     given: int = 0
     moved: int = 0
-    pending: bytes = b""
-    drained: bool = True
 
 
 UNTOUCHED: Final = Prelude()

@@ -121,8 +121,6 @@ class PacketHandoff:
         """
         if not self.is_on:
             raise Refused("off")
-        if prelude.pending or not prelude.drained:
-            raise Refused("not_drained")
         return self.install(client, backend, over, prelude)
 
     def install(

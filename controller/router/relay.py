@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from controller.core.session import CLIENT, Side
+from controller.core.session import Side
 from controller.router._native import ffi, lib
 from controller.router.flow import UNTOUCHED, Flow, Prelude
 from controller.router.loop import Loop
@@ -62,8 +62,6 @@ class RelayFlow(Flow):
         super().__init__(loop, fds, over)
         self._pipes = [lib.pipe_new(), lib.pipe_new()]
         self._moved = ffi.new("uint64_t[2]", [prelude.moved, 0])
-        if prelude.pending:
-            lib.pipe_fill(self._pipes[CLIENT], prelude.pending, len(prelude.pending))
 
     def start(self) -> None:
         """

@@ -25,7 +25,7 @@ from controller.log import connection as write_line
 from controller.router._native import ffi
 from controller.router.address import pack
 from controller.router.adopted import Adopted
-from controller.router.connection import KEEPALIVE_IDLE, TAKE_LIMIT, Connection
+from controller.router.connection import KEEPALIVE_IDLE, Connection
 from controller.router.devices import Devices
 from controller.router.flow import Flow, Handoff
 from controller.router.listen import QUEUE, accept, deafen
@@ -118,7 +118,6 @@ class Router:
             },
         )
         self.looked_at: Any = ffi.new("const unsigned char **")
-        self.taken: Any = ffi.new("unsigned char[]", TAKE_LIMIT)
         self.trusts = _membership(settings.proxy_protocol_from)
         self.draining = False
         self.listeners: list[socket.socket] = []

@@ -75,10 +75,7 @@ class SockmapHandoff:
         """
         if not self._free:
             raise Refused("full")
-        # BPF would forward the whole of a segment that was read in part
-        if prelude.pending or not prelude.drained:
-            raise Refused("not_drained")
-        sent = 0 if prelude.taken else lib.send_on(client, backend)
+        sent = lib.send_on(client, backend)
         if sent < 0:
             raise OSError(-sent, os.strerror(-sent))
         number = self._free.pop()

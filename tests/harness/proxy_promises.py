@@ -84,6 +84,25 @@ class ProxyPromises(Promises):
 
                     assert read_exactly(client, 6) == b"answer"
 
+    def test_goes_by_this_hand_off(self, trusting: Product, backend: Backend) -> None:
+        """
+        Behind a header that is read the hello goes by the same hand-off as without one.
+
+        The backend answers as soon as it has come.
+        """
+        ports = set()
+        for header in HEADERS * 20:
+            with socket.create_connection(trusting.listen, timeout=PATIENCE) as client:
+                ports.add(client.getsockname()[1])
+                client.sendall(header + HELLO)
+                with backend.accept() as end:
+                    end.sendall(b"answer")
+
+                    assert read_exactly(client, 6) == b"answer"
+        lines = [wait_for("the log", lambda port=port: logged(trusting, port)) for port in ports]
+
+        assert {self.handoff} == {line["handoff"] for line in lines}
+
     def test_the_clients_address_is_the_one_told(self, trusting: Product, backend: Backend) -> None:
         """
         The log has the address of the header, and the sender's own beside it.
@@ -115,7 +134,7 @@ class ProxyPromises(Promises):
         self, size: int, trusting: Product, backend: Backend
     ) -> None:
         """
-        What is sent in one go with header and hello, however much, arrives in order.
+        What is sent in one go with header and hello arrives in order, and is counted.
         """
         data = (EARLY * (size // len(EARLY) + 1))[:size]
         with socket.create_connection(trusting.listen, timeout=PATIENCE) as client:
@@ -129,6 +148,10 @@ class ProxyPromises(Promises):
                 assert receive_digest(end) == (size, hashlib.sha256(data).hexdigest())
 
                 writing.result()
+            port = client.getsockname()[1]
+        line = wait_for("the log", lambda: logged(trusting, port))
+
+        assert len(HELLO) + size == line["bytes_in"]
 
     @pytest.mark.parametrize(
         "data",

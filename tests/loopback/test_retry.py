@@ -1,5 +1,5 @@
 """
-A backend that fails while it is told of the client: the next one gets the same bytes.
+A backend that fails while it is told of the client: the next one is told the same.
 """
 
 import socket
@@ -22,9 +22,9 @@ from controller.settings import RouterSettings
 HEADER = write_header("v1", ("192.0.2.7", 5000), ("203.0.113.9", 443), authority=None, alpn=None)
 
 
-def test_what_was_taken_is_sent_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_backend_is_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    The first backend resets when the hello is written to it; the second gets the hello, once.
+    The first backend resets when the header is written to it; the second gets all, once.
     """
     really_send = connection._send  # noqa: SLF001 - the write that is to fail
     failures = iter([ConnectionResetError(104, "reset")])
@@ -49,7 +49,8 @@ def test_what_was_taken_is_sent_to_the_next_backend(monkeypatch: pytest.MonkeyPa
         socket.socket() as client,
     ):
         backends = tuple(
-            Backend(name, "file", *end.getsockname()) for name, end in (("one", one), ("two", two))
+            Backend(name, "file", *end.getsockname(), proxy_protocol="v1")
+            for name, end in (("one", one), ("two", two))
         )
         router.replace_table(RouteTable(1, [Route(NAME, backends)]))
         router.listen([listener])
@@ -63,7 +64,7 @@ def test_what_was_taken_is_sent_to_the_next_backend(monkeypatch: pytest.MonkeyPa
         while reader.is_alive() or router.connections:
             loop.turn(0.05)
 
-    assert got == [HELLO + b"and more"]
+    assert got == [HEADER + HELLO + b"and more"]
     assert router.stats.connect_errors == {(NAME, "econnreset"): 1}
 
 

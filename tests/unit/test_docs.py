@@ -197,7 +197,7 @@ def test_packet_refusals() -> None:
     )
 
 
-WORDS_OF_THE_RUNG = {"off", "not_drained"}
+WORDS_OF_THE_RUNG = {"off"}
 """What refuses a connection before the kernel is asked."""
 
 

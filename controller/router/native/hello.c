@@ -11,7 +11,6 @@ enum { RECORD_HEADER = 5 }; /* RFC 8446, section 5.1: type, version, length */
 
 struct hello {
 	SSL *ssl;
-	size_t skip; /* bytes before the hello: a PROXY header */
 	size_t seen; /* bytes fed so far */
 	size_t record; /* where the last record begins that we know of */
 	bool complete;
@@ -21,7 +20,7 @@ static SSL_CTX *hello_ctx;
 static int hello_index;
 
 /* for the one thread that reads hellos: what it peeked, and the bodies it found */
-static unsigned char peeked[PEEK_MAX];
+static unsigned char peeked[HELLO_MAX + 1];
 static unsigned char bodies[HELLO_MAX + 1];
 static struct extension found[N_EXTENSIONS];
 
@@ -73,15 +72,13 @@ int hello_init(void)
 	return 0;
 }
 
-/* Begin a hello that comes after *skip* other bytes. */
-struct hello *hello_new(size_t skip)
+struct hello *hello_new(void)
 {
 	struct hello *hello = calloc(1, sizeof(*hello));
 	BIO *in, *out;
 
 	if (!hello)
 		return NULL;
-	hello->skip = skip;
 	hello->ssl = SSL_new(hello_ctx);
 	in = BIO_new(BIO_s_mem());
 	out = BIO_new(BIO_s_mem());
@@ -112,7 +109,7 @@ void hello_free(struct hello *hello)
 static size_t hello_need(struct hello *hello, size_t size)
 {
 	while (size >= hello->record + RECORD_HEADER) {
-		const unsigned char *header = peeked + hello->skip + hello->record;
+		const unsigned char *header = peeked + hello->record;
 		size_t end = hello->record + RECORD_HEADER + (header[3] << 8 | header[4]);
 
 		if (end > size)
@@ -135,14 +132,13 @@ static int hello_alert(struct hello *hello)
 static enum hello_status hello_read(struct hello *hello, size_t size, size_t limit,
 				    struct reading *reading)
 {
-	const unsigned char *data = peeked + hello->skip;
 	int error;
 
 	/* content types 20 to 23 of major version 3, or this never was TLS */
-	if (data[0] < 20 || data[0] > 23 || (size > 1 && data[1] != 3))
+	if (peeked[0] < 20 || peeked[0] > 23 || (size > 1 && peeked[1] != 3))
 		return HELLO_NOT_TLS;
 	if (size > hello->seen) {
-		BIO_write(SSL_get_rbio(hello->ssl), data + hello->seen, size - hello->seen);
+		BIO_write(SSL_get_rbio(hello->ssl), peeked + hello->seen, size - hello->seen);
 		hello->seen = size;
 	}
 	ERR_clear_error();
@@ -186,11 +182,11 @@ void wait_for_bytes(int fd, int need)
  */
 void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading)
 {
-	ssize_t size = look(fd, hello->skip + limit + 1);
+	ssize_t size = look(fd, limit + 1);
 
 	memset(reading, 0, sizeof(*reading));
 	reading->size = hello->seen;
-	if (size == -EAGAIN || (size > 0 && (size_t)size <= hello->skip)) {
+	if (size == -EAGAIN) {
 		reading->need = RECORD_HEADER;
 		reading->status = HELLO_MORE;
 	} else if (size < 0) {
@@ -198,11 +194,11 @@ void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *readi
 	} else if (size == 0) {
 		reading->status = HELLO_EOF;
 	} else {
-		reading->size = size - hello->skip;
-		reading->status = hello_read(hello, reading->size, limit, reading);
+		reading->size = size;
+		reading->status = hello_read(hello, size, limit, reading);
 	}
 	if (reading->status == HELLO_MORE)
-		wait_for_bytes(fd, hello->skip + reading->need);
+		wait_for_bytes(fd, reading->need);
 }
 
 /* What *fd* has received, up to *size* bytes of it, for someone else to read.
@@ -212,5 +208,5 @@ void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *readi
 int peek_bytes(int fd, const unsigned char **data, size_t size)
 {
 	*data = peeked;
-	return look(fd, size < PEEK_MAX ? size : PEEK_MAX);
+	return look(fd, size < sizeof(peeked) ? size : sizeof(peeked));
 }

@@ -2,7 +2,6 @@
 
 enum {
 	HELLO_MAX = 262144, /* the most that a hello limit can be set to */
-	PEEK_MAX = 270336, /* that, and a PROXY header before it */
 };
 
 enum hello_status {
@@ -46,13 +45,13 @@ struct arrival {
 };
 
 int hello_init(void);
-struct hello *hello_new(size_t skip);
+struct hello *hello_new(void);
 void hello_free(struct hello *hello);
 void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading);
 
 void wait_for_bytes(int fd, int need);
 int peek_bytes(int fd, const unsigned char **data, size_t size);
-int take_bytes(int fd, void *data, size_t size);
+void drop_bytes(int fd, size_t size);
 int send_bytes(int fd, const void *data, size_t size);
 
 int accept_client(int listener, size_t limit, struct arrival *arrival);
@@ -88,7 +87,6 @@ enum move {
 };
 
 struct pipe *pipe_new(void);
-bool pipe_fill(struct pipe *pipe, const void *data, size_t size);
 void pipe_free(struct pipe *pipe);
 enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_t *moved);
 

@@ -29,7 +29,7 @@ void pipe_free(struct pipe *pipe)
 }
 
 /* Put *data* into an empty pipe; false when there is no memory for it. */
-bool pipe_fill(struct pipe *pipe, const void *data, size_t size)
+static bool pipe_fill(struct pipe *pipe, const void *data, size_t size)
 {
 	pipe->pending = malloc(size);
 	if (!pipe->pending)
@@ -125,8 +125,7 @@ int send_on(int from, int to)
 	sent = send(to, chunk, size, MSG_NOSIGNAL);
 	if (sent < 0)
 		return errno == EAGAIN ? 0 : -errno;
-	/* MSG_TRUNC: TCP drops the bytes without copying them (tcp(7)) */
-	recv(from, NULL, sent, MSG_TRUNC);
+	drop_bytes(from, sent);
 	return sent;
 }
 

@@ -50,7 +50,7 @@ int accept_client(int listener, size_t limit, struct arrival *arrival)
 	if (fd < 0)
 		return -errno;
 	read_endpoint(&peer, &arrival->peer);
-	arrival->hello = hello_new(0);
+	arrival->hello = hello_new();
 	if (!arrival->hello) {
 		close(fd);
 		return -ENOMEM;
@@ -246,24 +246,10 @@ int dial(struct dialler *dialler, const void *to, const void *client, int size, 
 	return fd;
 }
 
-/* Take all that *fd* has received, at most *size* bytes.
- *
- * Returns how much; *size* when there may be more, -errno.
- */
-int take_bytes(int fd, void *data, size_t size)
+/* Take what was looked at; TCP drops it without copying it (tcp(7)). */
+void drop_bytes(int fd, size_t size)
 {
-	size_t got = 0;
-
-	while (got < size) {
-		ssize_t some = recv(fd, (char *)data + got, size - got, 0);
-
-		if (some < 0 && errno != EAGAIN)
-			return -errno;
-		if (some <= 0)
-			break;
-		got += some;
-	}
-	return got;
+	recv(fd, NULL, size, MSG_TRUNC);
 }
 
 /* Returns how much of *data* was sent, -errno. */
