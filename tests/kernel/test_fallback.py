@@ -42,7 +42,7 @@ from controller.router.relay import RelayHandoff
 from controller.router.sockmap import SockmapHandoff
 
 IPPROTO_MPTCP = 262
-BULK = 2 * 1024**3
+BULK = 512 * 1024**2
 RATE = 160 * 1024**2
 """Bytes a second; well below what the kernel moves here, so that the reader keeps up."""
 
@@ -361,7 +361,7 @@ def test_the_router_makes_no_call_for_bytes(
     source: Side, router: LoneRouter, backend: Backend, tmp_path: Path
 ) -> None:
     """
-    2 GiB arrive whole while the router reads, writes and splices nothing; all are counted.
+    512 MiB arrive whole while the router reads, writes and splices nothing; all are counted.
 
     They go in slices.  A worker of the kernel that waits for a core is, to the router, a reader
     that lags: a slice that met one does not count, and another is sent for it.
