@@ -260,6 +260,16 @@ static __always_inline void tell_of(struct flow *flow, __u32 number, __u16 kind,
 	tell(flow->owner, &event);
 }
 
+/* Whether *end* may be answered by the router, which whoever sends can ask for with each packet:
+ * ten times a second (RFC 1812, 4.3.2.8; RFC 4443, 2.4).
+ */
+static __always_inline bool may_answer(struct flow *flow, __u32 end)
+{
+	__u32 now = bpf_ktime_get_coarse_ns() / 100000000;
+
+	return __sync_lock_test_and_set(&flow->ways[end].answered, now) != now;
+}
+
 /* Leave *from* for *to*; true for the one who does. */
 static __always_inline bool leave(struct flow *flow, __u32 from, __u32 to)
 {
@@ -827,7 +837,8 @@ static __always_inline int translate(struct __sk_buff *skb, struct flow *flow, _
 			.mtu = way->mtu,
 		};
 
-		tell(flow->owner, &event);
+		if (may_answer(flow, end))
+			tell(flow->owner, &event);
 		return DROP;
 	}
 	if (!translate_ip(data, data_end, flow, way, &change))
@@ -1089,7 +1100,8 @@ int ingress(struct __sk_buff *skb)
 		/* one that has not believed a RST tells the number that it waits for (RFC 5961) */
 		if (packet.flags & ACK)
 			flow->ways[end].acked = packet.ack;
-		tell_of(flow, number, EVENT_UNANSWERED, end);
+		if (may_answer(flow, end))
+			tell_of(flow, number, EVENT_UNANSWERED, end);
 		return DROP;
 	default:
 		return NEXT;

@@ -281,6 +281,25 @@ def test_a_narrow_device_is_remembered_without_neighbours(
         assert NARROW == info(sender).pmtu
 
 
+@VERSIONS
+def test_a_narrow_device_answers_in_measure(version: int, lab: PacketLab) -> None:
+    """
+    However many packets are too large, their sender hears of it ten times a second at most.
+    """
+    name = "IcmpInDestUnreachs" if version == 4 else "Icmp6InPktTooBigs"
+    with House.running(lab) as house, house.spliced(version) as (client, end):
+        # each packet by itself, and many of them at once
+        switch_offloads_off(house.app, "eth0")
+        carry(end, client)
+        began, before = time.monotonic(), counts(house.app, name)
+        lab.host.run("ip", "link", "set", "out0", "mtu", str(NARROW))
+        while info(end).pmtu != NARROW and time.monotonic() < began + HEARD:
+            carry(end, client)
+        after, took = counts(house.app, name), time.monotonic() - began
+
+        assert 1 <= after[name] - before[name] <= 10 * took + 1
+
+
 # --- congestion ---
 
 
