@@ -383,7 +383,16 @@ class PacketFlow(Flow):
     handoff = "packet"
     outlives_sockets: ClassVar[bool] = True
 
-    __slots__ = ("_before", "_handoff", "_moved", "entry", "native", "number", "without_sockets")
+    __slots__ = (
+        "_before",
+        "_handoff",
+        "_is_settled",
+        "_moved",
+        "entry",
+        "native",
+        "number",
+        "without_sockets",
+    )
 
     def __init__(
         self,
@@ -405,6 +414,7 @@ class PacketFlow(Flow):
         self._moved = moved
         self.entry = b""
         self.without_sockets = fds is None
+        self._is_settled = False
         self._before = (0, 0) if fds else (self.bytes(CLIENT), self.bytes(BACKEND))
 
     @property
@@ -470,10 +480,11 @@ class PacketFlow(Flow):
 
     def acknowledged(self) -> None:
         """
-        Let the sockets go: the backend has all that they were answerable for.
+        Let the sockets go, if they are here: the backend has all that they were answerable for.
         """
-        if self.without_sockets or self.session.over:
+        if self._is_settled or self.session.over:
             return
+        self._is_settled = True
         self._handoff.forget_tracks(self.number)
         self._release_sockets()
 

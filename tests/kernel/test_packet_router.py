@@ -29,6 +29,8 @@ from harness.ends import (
 from harness.lab import CLIENT, FRONT, Container
 from harness.packet_lab import (
     HANDOFF,
+    HELLOS,
+    PATIENCE,
     QUARANTINE,
     VERSIONS,
     House,
@@ -143,6 +145,41 @@ def test_a_note_that_is_not_understood_costs_no_start(lab: PacketLab) -> None:
 
     assert len(pairs) == adopted
     assert {"unknown", "app.example.com"} == {line["route"] for line in lines}
+
+
+@VERSIONS
+def test_a_router_killed_before_the_acknowledgement_leaves_nothing(
+    version: int, lab: PacketLab
+) -> None:
+    """
+    A flow whose hello was under way goes on, and netfilter forgets it like every other.
+    """
+    patience = ("--connect-timeout", "30")
+    with House.running(lab) as house, house.dial(version) as client:
+        house.app.run("nft", "add table inet deaf")
+        house.app.run("nft", "add chain inet deaf in { type filter hook input priority 0; }")
+        house.app.run("nft", "add rule inet deaf in tcp flags & psh == psh drop")
+        client.sendall(HELLOS[version])
+        wait_for("the flow", lambda: lab.flow_ends() == 2)
+        house.sniroute.kill()
+        with lab.product(*patience, routes=write_routes(house.app)) as next_one:
+            adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
+            before = tracked(lab)
+            house.app.run("nft", "delete table inet deaf")
+            with house.backends[version].accept() as end:
+                end.settimeout(PATIENCE)
+                exchange((client, end), 1000)
+                wait_for("no entry", lambda: not tracked(lab))
+
+    assert (1, 2) == (adopted, len(before))
+
+
+def tracked(lab: PacketLab) -> list[str]:
+    """
+    List what netfilter knows of connections to the product, and to containers.
+    """
+    lines = lab.host.run("cat", "/proc/net/nf_conntrack").splitlines()
+    return [line for line in lines if " dport=443 " in line]
 
 
 @pytest.mark.parametrize("handoff", ["sockmap", "relay"])
