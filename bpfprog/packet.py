@@ -16,7 +16,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import struct
+import zlib
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
@@ -135,7 +137,10 @@ class Packet:
         self._object = ffi.NULL
         self._links: dict[tuple[int, str], int] = {}
         self._has_tcx = has_tcx
+        # of the filters of all routers, as long as a qdisc is common to them
+        self._handle = zlib.crc32(os.fsencode(directory.name)) or 1
         self._classic: set[int] = set()
+        self._found: set[int] = set()
         self._maps: list[Any] = []
         self._lock = -1
         lib.splice_log_start()
@@ -148,6 +153,8 @@ class Packet:
             if self._object == ffi.NULL:
                 raise error(ffi.errno, f"open {path.name}")  # noqa: TRY301
             self._load(owner)
+            if not joins:
+                self._found = {n for n, _ in socket.if_nameindex() if self._has_filter(n)}
         except BaseException:
             self.close()
             raise
@@ -258,10 +265,11 @@ class Packet:
 
     def _left(self) -> set[int]:
         """
-        The devices that pins say an earlier loader was attached to.
+        The devices that pins, or filters, say an earlier loader was attached to.
         """
         names = (pin.name.partition("-") for pin in self.directory.iterdir())
-        return {int(device) for hook, _, device in names if hook in ("ingress", "egress")}
+        pinned = {int(device) for hook, _, device in names if hook in ("ingress", "egress")}
+        return pinned | self._found
 
     def _pin(self, hook: str, device: int) -> Path:
         return self.directory / f"{hook}-{device}"
@@ -294,17 +302,26 @@ class Packet:
                     raise failed
             self._links[device, hook] = link
 
+    def _clsact(self, what: int, device: int, hook: str) -> int:
+        program, egress = self._program(hook), hook == "egress"
+        return int(lib.packet_clsact(what, device, egress, self._handle, program))
+
     def _attach_classic(self, device: int) -> None:
         for hook in ("ingress", "egress"):
-            answer = lib.packet_clsact(self._program(hook), device, hook == "egress", True)
-            check(answer, f"attach to device {device}")
+            check(self._clsact(lib.CLSACT_ATTACH, device, hook), f"attach to device {device}")
         self._classic.add(device)
 
+    def _has_filter(self, device: int) -> bool:
+        return any(
+            not self._clsact(lib.CLSACT_FIND, device, hook) for hook in ("ingress", "egress")
+        )
+
     def _detach(self, device: int) -> None:
-        if device in self._classic:
+        if device in self._classic | self._found:
             self._classic.discard(device)
-            for egress in (False, True):
-                lib.packet_clsact(-1, device, egress, False)
+            self._found.discard(device)
+            for hook in ("ingress", "egress"):
+                self._clsact(lib.CLSACT_DETACH, device, hook)
         for hook in ("ingress", "egress"):
             link = self._links.pop((device, hook), -1)
             if link >= 0:

@@ -14,9 +14,10 @@
 /* places looked at for a free one; a table as full as that has none */
 #define MAX_PROBES 1024
 
-/* of the one qdisc that ours shares with others (tc-bpf(8)) */
-#define TC_HANDLE 0x5352
+/* of the filters of all routers, in the one qdisc that they share with others' (tc-bpf(8)) */
 #define TC_PRIORITY 0x5352
+
+enum clsact { CLSACT_ATTACH, CLSACT_DETACH, CLSACT_FIND };
 
 struct packet {
 	int install, emit, ends, notes, rings;
@@ -34,15 +35,19 @@ struct installed {
 
 /* --- devices --- */
 
-/* Attach a program where the kernel has no TCX, or take it off. */
-static int packet_clsact(int prog_fd, int ifindex, bool egress, bool attach)
+/* Where the kernel has no TCX: attach a program as the filter *handle*, take that off, or look for
+ * it.
+ */
+static int packet_clsact(enum clsact what, int ifindex, bool egress, uint32_t handle, int prog_fd)
 {
 	DECLARE_LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex,
 			    .attach_point = egress ? BPF_TC_EGRESS : BPF_TC_INGRESS);
-	DECLARE_LIBBPF_OPTS(bpf_tc_opts, opts, .handle = TC_HANDLE, .priority = TC_PRIORITY);
+	DECLARE_LIBBPF_OPTS(bpf_tc_opts, opts, .handle = handle, .priority = TC_PRIORITY);
 	int err;
 
-	if (!attach)
+	if (what == CLSACT_FIND)
+		return bpf_tc_query(&hook, &opts);
+	if (what == CLSACT_DETACH)
 		return bpf_tc_detach(&hook, &opts);
 	err = bpf_tc_hook_create(&hook);
 	if (err && err != -EEXIST)

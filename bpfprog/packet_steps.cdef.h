@@ -18,7 +18,8 @@ int bpf_link_update(int link_fd, int new_prog_fd, const void *opts);
 int bpf_obj_pin(int fd, const char *path);
 int bpf_obj_get(const char *path);
 
-int packet_clsact(int prog_fd, int ifindex, bool egress, bool attach);
+enum clsact { CLSACT_ATTACH, CLSACT_DETACH, CLSACT_FIND };
+int packet_clsact(enum clsact what, int ifindex, bool egress, uint32_t handle, int prog_fd);
 int packet_link_device(int link_fd);
 
 struct ring_buffer *packet_ring(struct packet *packet);

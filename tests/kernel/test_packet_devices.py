@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 from harness.lab import Lab
@@ -60,9 +61,7 @@ def test_programs_need_no_tcx(version: int, lab: PacketLab) -> None:
         (pins,) = (lab.bpffs / "sniroute").iterdir()
         with lab.host.network(), Packet(pins, 31, has_tcx=False) as packet:
             refused = packet.follow(map(socket.if_nametoindex, DEVICES))
-            for pin in pins.iterdir():
-                if pin.name.startswith(("ingress-", "egress-")):
-                    pin.unlink()
+            remove_links(pins)
             attached = [filters(lab, device) for device in DEVICES]
             exchange(ends, 1_000_000)
             packet.unpin()
@@ -70,6 +69,48 @@ def test_programs_need_no_tcx(version: int, lab: PacketLab) -> None:
     assert {} == refused
     assert all(text.count("bpf") for text in attached)
     assert ["", ""] == [filters(lab, device) for device in DEVICES]
+
+
+def test_routers_share_a_qdisc(lab: PacketLab) -> None:
+    """
+    Without TCX, a router finds the filters of the one before it, and takes no other's off.
+    """
+    with House.running(lab) as house, house.joined() as ends:
+        exchange(ends, 1000)
+        house.sniroute.kill()
+        (pins,) = (lab.bpffs / "sniroute").iterdir()
+        other = pins.with_name("other")
+        with lab.host.network():
+            devices = {socket.if_nametoindex(name) for name in DEVICES}
+            with Packet(pins, 31, has_tcx=False) as packet:
+                packet.follow(devices)
+                remove_links(pins)
+            # as if killed: without a word to the kernel
+            with Packet(other, 0, has_tcx=False) as packet:
+                packet.follow(devices)
+            both = [filters(lab, device).count("handle") for device in DEVICES]
+            with Packet(other, 0, has_tcx=False) as packet:
+                packet.follow(devices - {socket.if_nametoindex(DEVICES[0])})
+                some = [filters(lab, device).count("handle") for device in DEVICES]
+                exchange(ends, 1000)
+                packet.unpin()
+            one = [filters(lab, device).count("handle") for device in DEVICES]
+            exchange(ends, 1000)
+            # whoever follows no device takes them off, too
+            with Packet(pins, 31) as packet:
+                packet.unpin()
+
+    assert ([4, 4], [2, 4], [2, 2]) == (both, some, one)
+    assert ["", ""] == [filters(lab, device) for device in DEVICES]
+
+
+def remove_links(pins: Path) -> None:
+    """
+    Take off what is attached to TCX.
+    """
+    for pin in pins.iterdir():
+        if pin.name.startswith(("ingress-", "egress-")):
+            pin.unlink()
 
 
 @VERSIONS
