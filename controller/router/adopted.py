@@ -3,7 +3,7 @@ A connection that an earlier router has accepted, handed over as packets, and le
 """
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from controller.core.clientip import Choice
 from controller.core.routes import Backend, Route
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 UNKNOWN = "unknown"
 """The route and the backend of a connection of which there is no note."""
+
+UNNOTED = {"alpn", "tls_versions", "ech", "hello_bytes", "hello_seconds", "connect_seconds"}
+"""Fields of the log of which an earlier router leaves no word."""
 
 
 class Adopted(Connection):
@@ -50,3 +53,10 @@ class Adopted(Connection):
             known.source if known else "",
             *readable(backend),
         )
+
+    def record(self, reason: str) -> dict[str, Any]:
+        """
+        Tell it as `Connection.record` does, without what nobody has noted.
+        """
+        line = super().record(reason)
+        return {name: line[name] for name in line if name not in UNNOTED}

@@ -118,6 +118,8 @@ def test_flows_need_no_router(client_ip: str, how: str, lab: PacketLab) -> None:
     }
     assert Counter(client_fin=len(living) + 1, client_rst=1) == Counter(x["reason"] for x in lines)
     assert len(living) == sum(line["bytes_out"] == 1000 + 2 * PIECE for line in lines)
+    # the next router has not seen their hellos
+    assert not any("hello_bytes" in line or "tls_versions" in line for line in lines)
 
 
 def test_a_note_that_is_not_understood_costs_no_start(lab: PacketLab) -> None:

@@ -88,6 +88,22 @@ def test_a_connection_is_told_whole(router: LoneRouter, backend: Backend) -> Non
     } == {name: line[name] for name in line if name not in {"client_ip", "client_ip_reason"}}
 
 
+@pytest.mark.parametrize("early", [1, 1000, 100_000])
+def test_the_size_of_a_hello_is_its_own(early: int, router: LoneRouter, backend: Backend) -> None:
+    """
+    What a client sends right behind its hello is none of it, however much was there to look at.
+    """
+    with dial(router.listen, HELLO + bytes(early)) as client, backend.accept() as end:
+        assert bytes(early) == read_exactly(end, early)
+
+        client.shutdown(socket.SHUT_WR)
+        read_all(end)
+
+    (line,) = told(router)
+
+    assert (len(HELLO), len(HELLO) + early) == (line["hello_bytes"], line["bytes_in"])
+
+
 def test_each_connection_has_one_line(router: LoneRouter, backend: Backend) -> None:
     """
     Whatever becomes of it, a connection is told of once, under its own result and reason.

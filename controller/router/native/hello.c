@@ -145,6 +145,8 @@ static enum hello_status hello_read(struct hello *hello, size_t size, size_t lim
 	error = SSL_get_error(hello->ssl, SSL_do_handshake(hello->ssl));
 	if (hello->complete && error == SSL_ERROR_WANT_CLIENT_HELLO_CB) {
 		memcpy(reading->extensions, found, sizeof(found));
+		/* it reads a record at a time: what comes behind the hello's last one is left */
+		reading->size -= BIO_ctrl_pending(SSL_get_rbio(hello->ssl));
 		return HELLO_COMPLETE;
 	}
 	if (error != SSL_ERROR_WANT_READ) {
