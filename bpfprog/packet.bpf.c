@@ -763,7 +763,6 @@ static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end
 	struct way *way = &flow->ways[end], *other = &flow->ways[!end];
 	__u32 next = way->next, upto = seq + packet->payload;
 
-	__sync_fetch_and_add(&way->packets, 1);
 	if ((packet->flags & (SYN | RST | ACK)) != ACK || !is_in_window(flow, end, upto))
 		return;
 	/* RFC 5961, 5.2: nobody can acknowledge more than has been sent, and its FIN */

@@ -73,7 +73,6 @@ struct way {
 	__u32 offered; /* bytes beyond `acked` that this end has last said it takes */
 	__u32 answered; /* tenths of a second of that clock: it was to be sent an error, or a RST */
 	__u64 bytes;
-	__u64 packets;
 };
 
 /* what user space may note of a flow */
