@@ -741,6 +741,8 @@ static __always_inline bool translate_usual(void *options, void *end, __u32 size
 	return true;
 }
 
+/* processors that may be at work on packets of one end in the same instant */
+#define MAX_RIVALS 4
 /* more than the window that was last seen: it may have been larger, and segments overtake */
 #define SLACK 131072
 
@@ -763,17 +765,24 @@ static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end
 	struct way *way = &flow->ways[end], *other = &flow->ways[!end];
 	__u32 next = way->next, upto = seq + packet->payload;
 
-	if ((packet->flags & (SYN | RST | ACK)) != ACK || !is_in_window(flow, end, upto))
-		return;
-	/* RFC 5961, 5.2: nobody can acknowledge more than has been sent, and its FIN */
-	if (behind(ack, other->next + other->seq + 1))
+	if (packet->flags & (SYN | RST) || !is_in_window(flow, end, upto))
 		return;
 	/* the FIN has a number, but is no byte */
 	if (way->fin_seen && behind(upto, way->fin - 1))
 		upto = way->fin - 1;
 	/* Every advance is added once, by whoever makes it; so the sum is exact. */
-	if (behind(upto, next) && __sync_val_compare_and_swap(&way->next, next, upto) == next)
-		__sync_fetch_and_add(&way->bytes, upto - next);
+	for (int i = 0; i < MAX_RIVALS && behind(upto, next); i++) {
+		__u32 found = __sync_val_compare_and_swap(&way->next, next, upto);
+
+		if (found == next) {
+			__sync_fetch_and_add(&way->bytes, upto - next);
+			break;
+		}
+		next = found;
+	}
+	/* RFC 5961, 5.2: nobody can acknowledge more than has been sent, and its FIN */
+	if (!(packet->flags & ACK) || behind(ack, other->next + other->seq + 1))
+		return;
 	way->offered = window;
 	if (behind(ack, way->acked))
 		way->acked = ack;
