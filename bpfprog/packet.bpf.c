@@ -1188,6 +1188,10 @@ int egress(struct __sk_buff *skb)
 	__u32 number = 0, end = 0;
 	struct flow *flow;
 
+	if (skb->priority == EMITTED_MARK) {
+		skb->priority = 0;
+		return bpf_redirect_neigh(skb->ifindex, NULL, 0, 0);
+	}
 	/* what has come by a device is not this host's own: translated, or forwarded */
 	if (skb->ingress_ifindex || read_packet(skb, &packet))
 		return NEXT;
@@ -1460,38 +1464,16 @@ int install(struct __sk_buff *skb)
 
 /* --- emit --- */
 
-/* Send an IP packet, written by the router behind an empty Ethernet header, the way that its
- * addresses say.  Returns as bpf_fib_lookup(), or -errno.
+/* Have egress send an IP packet, written by the router behind an empty Ethernet header, to whoever
+ * its addresses say.  Only there the kernel asks for a neighbour that it does not know.
+ *
+ * Returns 0 or -errno.
  */
 SEC("tc")
 int emit(struct __sk_buff *skb)
 {
-	struct bpf_fib_lookup fib = {};
-	__u8 addresses[12];
-	int result;
-
-	fib.ifindex = skb->mark;
-	fib.l4_protocol = IPPROTO_TCP;
-	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		fib.family = AF_INET6;
-		if (bpf_skb_load_bytes(skb, ETH_LEN + offsetof(struct ipv6, from), fib.ipv6_src,
-				       32))
-			return -22;
-	} else {
-		fib.family = AF_INET;
-		if (bpf_skb_load_bytes(skb, ETH_LEN + offsetof(struct ipv4, from), &fib.ipv4_src,
-				       4) ||
-		    bpf_skb_load_bytes(skb, ETH_LEN + offsetof(struct ipv4, to), &fib.ipv4_dst, 4))
-			return -22;
-	}
-	result = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
-	if (result)
-		return result;
-	__builtin_memcpy(addresses, fib.dmac, 6);
-	__builtin_memcpy(addresses + 6, fib.smac, 6);
-	if (bpf_skb_store_bytes(skb, 0, addresses, sizeof(addresses), 0))
-		return -22;
-	return bpf_clone_redirect(skb, fib.ifindex, 0);
+	skb->priority = EMITTED_MARK;
+	return bpf_clone_redirect(skb, skb->ifindex, 0);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -151,3 +151,6 @@ struct install {
 
 /* skb->priority of the router's SYN: which options the client lacks */
 enum { LACKS_MARK = 0x53520000, LACKS_TIMESTAMPS = 1, LACKS_SACK = 2 };
+
+/* skb->priority of what emit sends, which has no Ethernet addresses yet */
+enum { EMITTED_MARK = 0x53530000 };

@@ -512,7 +512,7 @@ class Packet:
 
     def emit(self, packet: bytes, device: int) -> bool:
         """
-        Send an IP packet as if it had come by *device* and been forwarded; whether it has left.
+        Send an IP packet by *device*, one of those followed; whether it is on its way.
         """
         kind = b"\x86\xdd" if packet[0] >> 4 == 6 else b"\x08\x00"  # noqa: PLR2004 - IPv6
         frame = bytes(12) + kind + packet

@@ -267,13 +267,16 @@ static int packet_sequence(int fd, uint32_t numbers[2])
 	return 0;
 }
 
-/* Send an IP packet, behind an empty Ethernet header, from *ifindex* on. */
+/* Send an IP packet, behind an empty Ethernet header, by the device *ifindex*. */
 static int packet_emit(struct packet *packet, void *data, uint32_t size, uint32_t ifindex)
 {
-	struct __sk_buff context = { .mark = ifindex };
+	struct __sk_buff context = { .ifindex = ifindex };
 	DECLARE_LIBBPF_OPTS(bpf_test_run_opts, opts, .data_in = data, .data_size_in = size,
 			    .ctx_in = &context, .ctx_size_in = sizeof(context), .repeat = 1);
 
+	/* a trial's way leads nowhere; the kernel would take 0 for the loopback device */
+	if (!ifindex)
+		return -ENODEV;
 	if (bpf_prog_test_run_opts(packet->emit, &opts))
 		return -errno;
 	return opts.retval;

@@ -358,7 +358,7 @@ def test_a_router_may_be_killed_at_any_instant(lab: PacketLab) -> None:
     """
     Whatever a connection has come to, it goes on or is reset; none hangs, and none is mixed up.
 
-    Those that were handed over go on over all the kills, and arrive whole.
+    Those that were handed over go on over all the kills, and arrive whole.  What is left is freed.
     """
     chance, instants = random.Random(7), 0  # noqa: S311 - noise
     until = time.monotonic() + KILLS_SECONDS
@@ -384,13 +384,69 @@ def test_a_router_may_be_killed_at_any_instant(lab: PacketLab) -> None:
                 sniroute.kill()
         for sender, received in lasting:
             assert (LASTING, sender.join()) == received.result()
+        for player in playing:
+            player.end()
         strange = echo.strange
+        with lab.product(routes=routes) as last:
+            wait_for("all freed", lambda: last.metric("sniroute_packet_flows") == 0, timeout=30)
+            left = lab.flow_ends()
     outcomes = sum((player.outcomes for player in playing), Counter())
 
-    assert 0 == strange
+    assert (0, 0) == (strange, left)
     assert {"mixed": 0, "hung": 0} == {kind: outcomes[kind] for kind in ("mixed", "hung")}, outcomes
     assert outcomes["whole"] > 0
     assert instants >= INSTANTS
+
+
+# --- replaced ---
+
+CROWD = 200
+"""Connections that come and go while one router takes the place of another, at least."""
+
+
+def test_a_crowd_does_not_notice_a_replacement(lab: PacketLab) -> None:
+    """
+    No connection is refused, broken or lost, neither one that comes meanwhile nor one that lasts.
+    """
+    app = lab.container(2)
+    flags = ("--drain", "20", "--hello-timeout", "2")
+    routes = write_routes(app)
+    with Echo(app), ExitStack() as stack:
+        old = stack.enter_context(lab.product(*flags, routes=routes))
+        with lab.world.network():
+            client = stack.enter_context(socket.create_connection(lab.front, HUNG))
+        client.sendall(HELLO + b"!")
+
+        assert b"!" == read_exactly(client, 1)
+
+        sender = Sender(client, LASTING, BLOCK, LASTING_RATE)
+        received = stack.enter_context(ThreadPoolExecutor(1)).submit(receive_digest, client)
+        playing = stack.enter_context(players(lab))
+
+        def wait_for_more() -> None:
+            whole = sum(player.outcomes["whole"] for player in playing)
+            wait_for(
+                "more connections",
+                lambda: sum(player.outcomes["whole"] for player in playing) >= whole + CROWD // 2,
+            )
+
+        wait_for_more()
+        old.put_log_aside()
+        with lab.product(*flags, "--replace", routes=routes) as new:
+            wait_for_more()
+            old.wait_for_end()
+            wait_for_more()
+            outcomes = sum((player.end() for player in playing), Counter())
+            lasted = (LASTING, sender.join()) == received.result()
+            wait_for("all over", lambda: not new.metric(ACTIVE))
+            # the log is written a little later
+            wait_for(
+                "all told of",
+                lambda: len(told(old)) + len(told(new)) == 1 + outcomes.total(),
+            )
+
+    assert lasted
+    assert {"whole"} == set(outcomes), outcomes
 
 
 # --- a container ---
@@ -492,12 +548,14 @@ def test_a_flow_is_killed(by: str, version: int, house: House) -> None:
     assert (HANDOFF, "killed") == (line["handoff"], line["reason"])
 
 
-def test_an_idle_flow_is_killed(house: House) -> None:
+@VERSIONS
+def test_an_idle_flow_is_killed(version: int, house: House) -> None:
     """
-    Also where neither end has said anything since the hello.
+    Also where neither end has said anything for so long that the host has forgotten where it is.
     """
-    with house.joined() as ends:
+    with house.joined(version) as ends:
         wait_for("one flow", lambda: len(listed(house)) == 1)
+        house.lab.host.run("ip", "neigh", "flush", "all")
         house.sniroute.command("kill", str(listed(house)[0]["id"]))
 
         assert [True, True] == [ended_by_reset(end) for end in ends]
