@@ -12,6 +12,7 @@ import pytest
 from harness.ends import client_hello, ended_by_reset, read_exactly
 from harness.lab import FRONT, Container, Lab, route
 from harness.operate import ask, kill
+from harness.packet_lab import PacketLab
 from harness.tools import wait_for
 
 from controller.core.wire import Message
@@ -20,12 +21,22 @@ NAME = "app.test"
 HELLO = client_hello(NAME)
 WORKERS = 3
 FLOWS = 12
+PORTS = 60
 STATUS: Message = {"type": "status"}
 
 
 @pytest.fixture
 def lab() -> Iterator[Lab]:
     with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def packet_lab() -> Iterator[PacketLab]:
+    """
+    A lab whose routers, one after the other, find what is pinned.
+    """
+    with PacketLab() as lab:
         yield lab
 
 
@@ -113,3 +124,84 @@ def test_flows_outlive_their_worker(lab: Lab) -> None:
         kill(nursery.children()[0])
         wait_for("workers", lambda: answer(STATUS)["workers"]["running"] == WORKERS)
         assert ("detached", 0) == (packet()["state"], packet()["flows"])
+
+
+def test_workers_of_a_replaced_router_may_be_killed(packet_lab: PacketLab) -> None:
+    """
+    While the old router drains, its killed workers' flows go on; then the new one has them all.
+    """
+    app = packet_lab.container(2)
+    control = packet_lab.share / "router.sock"
+    slow = "slow.test"
+    routes = route(NAME, app.address[4]) + route(slow, app.address[4], handoff="relay")
+    options = ("--drain", "30", "--hello-timeout", "1")
+    team = ("--workers", str(WORKERS))
+
+    def flows() -> int:
+        return ask(control, {"type": "packet", "state": "status"})[0]["packet"]["flows"]
+
+    with ExitStack() as stack:
+        serve_echoes(stack, app)
+
+        def dial(hello: bytes = HELLO) -> socket.socket:
+            with packet_lab.world.network():
+                client = socket.create_connection((FRONT[4], 443), 10)
+            assert talks(stack.enter_context(client), hello)
+            return client
+
+        old = stack.enter_context(packet_lab.product(*options, *team, routes=routes))
+        clients = [dial() for _ in range(FLOWS)]
+        holding = [dial(client_hello(slow)) for _ in range(FLOWS)]
+        wait_for("flows", lambda: flows() == FLOWS)
+        (nursery,) = old.router().children()
+        old.put_log_aside()
+        # fewer workers than there were owners
+        new = stack.enter_context(packet_lab.product(*options, "--replace", routes=routes))
+        wait_for("the switch", lambda: "replaced" in [line["event"] for line in old.log()])
+        for worker in nursery.children():
+            kill(worker)
+        clients += [dial() for _ in range(FLOWS)]
+
+        assert all(talks(client, b"while both are here") for client in clients)
+        assert old.is_running()
+
+        for client in holding:
+            client.close()
+        old.wait_for_end()
+        wait_for("all flows", lambda: flows() == 2 * FLOWS)
+
+        assert all(talks(client, b"with one of them gone") for client in clients)
+
+        listed = ask(control, {"type": "connections", "after": 0})[0]["connections"]
+        killed = ask(control, {"type": "kill", "ids": [c["id"] for c in listed]})[0]["killed"]
+
+        assert 2 * FLOWS == len(killed)
+        assert all(map(ended_by_reset, clients))
+        new.stop()
+
+
+def test_workers_dial_from_different_ports(lab: Lab) -> None:
+    """
+    No two flows to one backend have one port of the host's, whichever workers they are of.
+    """
+    app = lab.container(2)
+    with ExitStack() as stack:
+        with app.network():
+            listener = stack.enter_context(socket.create_server((app.address[4], 443)))
+        options = ("--workers", str(WORKERS), "--handoff", "packet", "--client-ip", "off")
+        stack.enter_context(lab.product(*options, routes=route(NAME, app.address[4])))
+        control, ports = lab.share / "router.sock", []
+        for _ in range(PORTS):
+            with lab.world.network():
+                client = stack.enter_context(socket.create_connection((FRONT[4], 443), 10))
+            client.sendall(HELLO)
+            end, peer = listener.accept()
+            stack.enter_context(end)
+            ports.append(peer[1])
+        status: Message = {"type": "packet", "state": "status"}
+        wait_for("flows", lambda: ask(control, status)[0]["packet"]["flows"] == PORTS)
+        listed = ask(control, {"type": "connections", "after": 0})[0]["connections"]
+        workers = {connection["id"] % WORKERS for connection in listed}
+
+    assert WORKERS == len(workers)
+    assert PORTS == len(set(ports))
