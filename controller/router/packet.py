@@ -503,6 +503,8 @@ class PacketFlow(Flow):
         if self.session.over:
             return
         self.session.failed(reason)
+        # again: what a socket said until it went was dropped at the device, behind netfilter
+        self._handoff.forget_tracks(self.number)
         self._release_sockets()
         self._handoff.without_sockets -= 1
         over, self._over = self._over, forgotten

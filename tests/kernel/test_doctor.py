@@ -172,6 +172,8 @@ def plug(machine: Machine, *names: str) -> None:
     """
     for name in names:
         machine.run("ip", "link", "add", name, "type", "bridge")
+        # an address that is being tried out would change by itself
+        machine.run("sysctl", "-qw", f"net.ipv6.conf.{name}.accept_dad=0")
         machine.run("ip", "link", "set", name, "up")
     machine.run("sysctl", "-qw", "net.ipv4.conf.all.forwarding=1")
 
