@@ -482,13 +482,17 @@ class PacketFlow(Flow):
         """
         Let the sockets go, if they are here: the backend has all that they were answerable for.
         """
-        if self._is_settled or self.session.over:
+        if not self.session.over:
+            self._settle()
+
+    def _settle(self) -> None:
+        """
+        Have this host know nothing more of the two connections that it had.
+        """
+        if self._is_settled:
             return
         self._is_settled = True
         self._handoff.forget_tracks(self.number)
-        self._release_sockets()
-
-    def _release_sockets(self) -> None:
         if self.without_sockets:
             return
         self.without_sockets = True
@@ -503,9 +507,8 @@ class PacketFlow(Flow):
         if self.session.over:
             return
         self.session.failed(reason)
-        # again: what a socket said until it went was dropped at the device, behind netfilter
-        self._handoff.forget_tracks(self.number)
-        self._release_sockets()
+        # it may have ended before anyone looked whether its hello was acknowledged
+        self._settle()
         self._handoff.without_sockets -= 1
         over, self._over = self._over, forgotten
         over(self)

@@ -157,12 +157,7 @@ def test_a_router_killed_before_the_acknowledgement_leaves_nothing(
     A flow whose hello was under way goes on, and netfilter forgets it like every other.
     """
     patience = ("--connect-timeout", "30")
-    with House.running(lab) as house, house.dial(version) as client:
-        house.app.run("nft", "add table inet deaf")
-        house.app.run("nft", "add chain inet deaf in { type filter hook input priority 0; }")
-        house.app.run("nft", "add rule inet deaf in tcp flags & psh == psh drop")
-        client.sendall(HELLOS[version])
-        wait_for("the flow", lambda: lab.flow_ends() == 2)
+    with House.running(lab) as house, unacknowledged(house, version) as client:
         house.sniroute.kill()
         with lab.product(*patience, routes=write_routes(house.app)) as next_one:
             adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
@@ -174,6 +169,35 @@ def test_a_router_killed_before_the_acknowledgement_leaves_nothing(
                 wait_for("no entry", lambda: not tracked(lab))
 
     assert (1, 2) == (adopted, len(before))
+
+
+@VERSIONS
+def test_an_end_before_the_acknowledgement_leaves_nothing(version: int, lab: PacketLab) -> None:
+    """
+    A flow whose client resets while its hello is under way is forgotten by netfilter, too.
+    """
+    with House.running(lab) as house, unacknowledged(house, version) as client:
+        name, before = client.getsockname()[:2], tracked(lab)
+        reset(client)
+        line = house.line(name)
+        wait_for("no entry", lambda: not tracked(lab))
+
+    assert (HANDOFF, "client_rst") == (line["handoff"], line["reason"])
+    assert 2 == len(before)
+
+
+@contextmanager
+def unacknowledged(house: House, version: int) -> Iterator[socket.socket]:
+    """
+    Dial *house* for a flow whose hello does not come to the backend, by a table `deaf` there.
+    """
+    with house.dial(version) as client:
+        house.app.run("nft", "add table inet deaf")
+        house.app.run("nft", "add chain inet deaf in { type filter hook input priority 0; }")
+        house.app.run("nft", "add rule inet deaf in tcp flags & psh == psh drop")
+        client.sendall(HELLOS[version])
+        wait_for("the flow", lambda: house.lab.flow_ends() == 2)
+        yield client
 
 
 def tracked(lab: PacketLab) -> list[str]:
