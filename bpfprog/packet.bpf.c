@@ -757,6 +757,14 @@ static __always_inline bool is_in_window(const struct flow *flow, __u32 end, __u
 	return number - acknowledged <= other->offered + SLACK || acknowledged - number <= SLACK;
 }
 
+/* Whether the other end has sent what *end* acknowledges, at the most all and its FIN. */
+static __always_inline bool has_sent(const struct flow *flow, __u32 end, __u32 ack)
+{
+	const struct way *other = &flow->ways[!end];
+
+	return !behind(ack, other->next + other->seq + 1);
+}
+
 /* What *end* has sent: how far it is, and whether the other one's FIN is acknowledged. */
 static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end,
 				      const struct packet *packet, __u32 seq, __u32 ack,
@@ -765,7 +773,12 @@ static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end
 	struct way *way = &flow->ways[end], *other = &flow->ways[!end];
 	__u32 next = way->next, upto = seq + packet->payload;
 
-	if (packet->flags & (SYN | RST) || !is_in_window(flow, end, upto))
+	/* RFC 5961, 5.2: nobody takes a segment that acknowledges what can not have been sent.  The
+	 * room that was offered tells that; what has been sent would, but a segment of the other
+	 * end that is at work elsewhere is not noted yet.
+	 */
+	if ((packet->flags & (SYN | RST | ACK)) != ACK || !is_in_window(flow, end, upto) ||
+	    behind(ack, way->acked + way->offered + SLACK))
 		return;
 	/* the FIN has a number, but is no byte */
 	if (way->fin_seen && behind(upto, way->fin - 1))
@@ -780,8 +793,7 @@ static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end
 		}
 		next = found;
 	}
-	/* RFC 5961, 5.2: nobody can acknowledge more than has been sent, and its FIN */
-	if (!(packet->flags & ACK) || behind(ack, other->next + other->seq + 1))
+	if (!has_sent(flow, end, ack))
 		return;
 	way->offered = window;
 	if (behind(ack, way->acked))
@@ -1121,8 +1133,8 @@ int ingress(struct __sk_buff *skb)
 	}
 	if (state == FLOW_HELLO && end == BACKEND_END && packet.flags & ACK) {
 		/* Mostly that is so before the router has come to wait for it. */
-		if (!behind(flow->hello_end, packet.ack) && leave(flow, FLOW_HELLO, FLOW_OPEN) &&
-		    *(volatile __u8 *)&flow->awaited)
+		if (!behind(flow->hello_end, packet.ack) && has_sent(flow, end, packet.ack) &&
+		    leave(flow, FLOW_HELLO, FLOW_OPEN) && *(volatile __u8 *)&flow->awaited)
 			tell_of(flow, number, EVENT_ACKED, end);
 		/* what the router sent is acknowledged to the router */
 		if (!behind(packet.ack, flow->hello_end) && !packet.payload &&

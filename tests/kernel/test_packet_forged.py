@@ -44,6 +44,12 @@ FORGED: dict[str, Callable[[Segment], Segment]] = {
 }
 """What is made of the segment that an end would send next."""
 
+BEYOND: dict[str, Callable[[Segment], Segment]] = {
+    "without ACK": lambda s: s.but(flags=PSH, seq=NEAR, payload=b"forged"),
+    "for what was never sent": lambda s: s.but(seq=NEAR, ack=FAR_OFF, payload=b"forged"),
+}
+"""Data beyond what an end has sent, of which its other end takes nothing."""
+
 FINAL: dict[str, tuple[Side, Callable[[Segment], Segment], str]] = {
     "RST of the client": (Side.CLIENT, lambda s: s.but(flags=RST), "client_rst"),
     "RST of the backend": (Side.BACKEND, lambda s: s.but(flags=RST), "backend_rst"),
@@ -122,6 +128,29 @@ def test_what_is_forged_does_nothing(source: Side, version: int, street: Street)
 
     assert (HANDOFF, size) == (line["handoff"], line["bytes_in"] - line["hello_bytes"]), line
     assert (size, "client_fin") == (line["bytes_out"], line["reason"]), line
+
+
+@VERSIONS
+@SIDES
+@pytest.mark.parametrize("beyond", BEYOND.values(), ids=BEYOND.keys())
+def test_a_forged_segment_hides_no_end(
+    beyond: Callable[[Segment], Segment], source: Side, version: int, street: Street
+) -> None:
+    """
+    After data that nobody takes both ends close, and that is all that is counted.
+    """
+    with street.house.joined(version) as ends:
+        name = ends[0].getsockname()[:2]
+        talk(ends)
+        send(beyond(Segment.expected(ends[source])), *street.beside(source))
+        ends[0].close()
+
+        assert b"" == ends[1].recv(1)
+
+    line = street.house.line(name)
+
+    assert (1000, 1000) == (line["bytes_in"] - line["hello_bytes"], line["bytes_out"]), line
+    assert "client_fin" == line["reason"], line
 
 
 @VERSIONS
