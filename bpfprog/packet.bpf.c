@@ -795,9 +795,11 @@ static __always_inline void take_note(struct flow *flow, __u32 number, __u32 end
 	}
 	if (!has_sent(flow, end, ack))
 		return;
-	way->offered = window;
-	if (behind(ack, way->acked))
+	/* not of a segment that was overtaken */
+	if (!behind(way->acked, ack)) {
 		way->acked = ack;
+		way->offered = window;
+	}
 	if (other->fin_seen && !other->fin_acked && !behind(other->fin, ack + way->ack))
 		other->fin_acked = 1;
 	/* with bytes behind it, it is none; what is sent later has the number behind it */
