@@ -237,9 +237,11 @@ def read_table(message: Message) -> RouteTable:
     return _read_table(message, "table", 1)
 
 
-def read_listening(message: Message) -> tuple[dict[str, int], int]:
+def read_listening(message: Message) -> tuple[dict[str, int], int, bool]:
     """
     Read a `listening` message: how many sockets listen on each address, and whose flows are whose.
+
+    The last is whether somebody has switched packets off.
 
     Raises:
         WireError: it is none; a nack's error is the text.
@@ -248,9 +250,12 @@ def read_listening(message: Message) -> tuple[dict[str, int], int]:
         raise WireError(str(message.get("error")))
     if message.get("type") != "listening":
         raise WireError(f"not an answer to replace: {str(message)[:200]}")
-    _typed(message, "listening", {"type": str, "sockets": dict, "owner": int})
-    sockets = message["sockets"]
-    return _typed(sockets, "listening.sockets", dict.fromkeys(sockets, int)), message["owner"]
+    members = {"type": str, "sockets": dict, "owner": int, "packet_off": bool}
+    _typed(message, "listening", members)
+    sockets = _typed(
+        message["sockets"], "listening.sockets", dict.fromkeys(message["sockets"], int)
+    )
+    return sockets, message["owner"], message["packet_off"]
 
 
 def read_switched(message: Message) -> bool:

@@ -310,11 +310,13 @@ class Control:
             busy = "takes another's place" if self.replacing else "is being replaced"
             return {"type": "nack", "error": f"it {busy} right now: try again when that has ended"}
         self._successor = peer
+        packet = self._router.packet
         listeners = [*self._router.held, *([self.metrics.socket] if self.metrics else [])]
         return {
             "type": "listening",
             "sockets": Counter(map(name, listeners)),
             "owner": self._router.owner,
+            "packet_off": packet is not None and packet.is_switched_off,
         }
 
     def _switched(self, peer: "Peer", message: wire.Message) -> wire.Message:

@@ -233,6 +233,13 @@ class PacketHandoff:
         self._retired = reason
         self.off()
 
+    @property
+    def is_switched_off(self) -> bool:
+        """
+        Whether somebody has switched it off.
+        """
+        return not (self.is_on or self._retired)
+
     def close(self) -> None:
         """
         Leave nothing behind; but if there are flows, all: they go on, for the next router.

@@ -52,12 +52,11 @@ class Predecessor:
         self._socket = connection
         self._decoder = wire.Decoder()
         self._socket.settimeout(ANSWER_TIMEOUT)
-        self.sockets, self.owner = wire.read_listening(self._ask({"type": "replace"}))
+        answer = self._ask({"type": "replace"})
+        self.sockets, self.owner, self.is_off = wire.read_listening(answer)
         self.table: RouteTable = wire.read_hello(
             self._ask({"type": "hello", "version": wire.VERSION})
         )
-        packet = self._ask({"type": "packet", "state": wire.PacketState.STATUS}).get("packet")
-        self.is_off = packet is not None and packet["state"] in {"off", "detached"}
 
     def forget(self) -> None:
         """

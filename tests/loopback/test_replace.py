@@ -186,7 +186,8 @@ def test_one_successor_at_a_time(old: LoneRouter) -> None:
 
     name = "[{}]:{}".format
     sockets = {name(*old.listen): 1, name(*old.metrics): 1}
-    assert {"type": "listening", "sockets": sockets, "owner": 0} == heard
+    listening = {"type": "listening", "sockets": sockets, "owner": 0, "packet_off": False}
+    assert listening == heard
     assert ("nack", True) == (refused["type"], "being replaced" in refused["error"])
     assert (1, True) == (done.returncode, "it is being replaced right now" in done.stderr)
     assert ask(old.control, {"type": "status"})[0]["ready"]
