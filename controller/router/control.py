@@ -360,8 +360,8 @@ class Control:
 
         They have ended.
         """
-        self.loop.ask(partial(self._router.adopt_half, half))
         self._ask_workers({"type": "adopt", "half": half})
+        self.loop.ask(partial(self._router.adopt_rest, half))
         # its half of the owners is free for who replaces this one
         self.replacing = False
 

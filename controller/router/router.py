@@ -347,7 +347,7 @@ class Router:
         gc.freeze()
         self.stats.keep_routes(hosts | {c.route.host for c in self.connections.values() if c.route})
 
-    def adopt(self, is_left: Callable[[int], bool]) -> None:
+    def _adopt(self, is_left: Callable[[int], bool]) -> None:
         """
         Take over the flows of owners that have ended; *is_left* says whether one is.
         """
@@ -359,10 +359,7 @@ class Router:
             self.connections[connection.id] = connection
             return connection.on_over
 
-        def is_left_to_us(owner: int) -> bool:
-            return is_left(owner) and owner % OWNERS % self.settings.workers == self.worker
-
-        if adopted := self.packet.adopt(is_left_to_us, enter):
+        if adopted := self.packet.adopt(is_left, enter):
             log.info("flows adopted", flows=adopted)
             self._cut_off()
 
@@ -374,9 +371,16 @@ class Router:
 
     def adopt_half(self, half: int) -> None:
         """
-        Take over those of a router that has ended; *half* of the owners were its own.
+        Take over this worker's share of what *half* of the owners have left.
         """
-        self.adopt(lambda owner: owner // OWNERS == half)
+        workers = self.settings.workers
+        self._adopt(lambda o: o // OWNERS == half and o % OWNERS % workers == self.worker)
+
+    def adopt_rest(self, half: int) -> None:
+        """
+        Take over what no worker has taken of it: one may be about to start again.
+        """
+        self._adopt(lambda owner: owner // OWNERS == half)
 
     def kill(self, ids: Iterable[int]) -> list[int]:
         """

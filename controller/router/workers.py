@@ -439,12 +439,14 @@ class Workers:
                 self._past.add(worker.last.grown())
                 worker.last = None
         with self._changed:
+            # one that ends before it is ready has not been accepting
+            stands = self._serving and worker.index in self._running
             self._running.discard(worker.index)
             if status != 0:
                 self.ends += 1
                 self._failed = f"worker {worker.index} ended with {status}"
                 log.error("worker ended", worker=worker.index, status=status)
-            if self._serving:
+            if stands:
                 router = self._router
                 router.loop.ask(partial(router.stand_in, worker.index, worker.listeners))
 

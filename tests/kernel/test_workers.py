@@ -13,6 +13,7 @@ from harness.ends import client_hello, ended_by_reset, read_exactly
 from harness.lab import FRONT, Container, Lab, route
 from harness.operate import ask, kill
 from harness.packet_lab import PacketLab
+from harness.product import Sniroute
 from harness.tools import wait_for
 
 from controller.core.wire import Message
@@ -22,6 +23,7 @@ HELLO = client_hello(NAME)
 WORKERS = 3
 FLOWS = 12
 PORTS = 60
+KILLS = 5
 STATUS: Message = {"type": "status"}
 
 
@@ -126,16 +128,30 @@ def test_flows_outlive_their_worker(lab: Lab) -> None:
         assert ("detached", 0) == (packet()["state"], packet()["flows"])
 
 
-def test_workers_of_a_replaced_router_may_be_killed(packet_lab: PacketLab) -> None:
+def keep_down(sniroute: Sniroute) -> None:
+    """
+    Kill the workers until they are not started again for some seconds.
+    """
+    (nursery,) = sniroute.router().children()
+    for _ in range(KILLS):
+        for worker in wait_for(
+            "workers", lambda: len(w := nursery.children()) == WORKERS - 1 and w
+        ):
+            kill(worker)
+
+
+@pytest.mark.parametrize("heirs", [1, WORKERS])
+def test_workers_of_a_replaced_router_may_be_killed(heirs: int, packet_lab: PacketLab) -> None:
     """
     While the old router drains, its killed workers' flows go on; then the new one has them all.
+
+    So it does if it is without workers of its own at that moment, for they were killed, too.
     """
     app = packet_lab.container(2)
     control = packet_lab.share / "router.sock"
     slow = "slow.test"
     routes = route(NAME, app.address[4]) + route(slow, app.address[4], handoff="relay")
     options = ("--drain", "30", "--hello-timeout", "1")
-    team = ("--workers", str(WORKERS))
 
     def flows() -> int:
         return ask(control, {"type": "packet", "state": "status"})[0]["packet"]["flows"]
@@ -149,14 +165,16 @@ def test_workers_of_a_replaced_router_may_be_killed(packet_lab: PacketLab) -> No
             assert talks(stack.enter_context(client), hello)
             return client
 
-        old = stack.enter_context(packet_lab.product(*options, *team, routes=routes))
+        old = stack.enter_context(
+            packet_lab.product(*options, "--workers", str(WORKERS), routes=routes)
+        )
         clients = [dial() for _ in range(FLOWS)]
         holding = [dial(client_hello(slow)) for _ in range(FLOWS)]
         wait_for("flows", lambda: flows() == FLOWS)
         (nursery,) = old.router().children()
         old.put_log_aside()
-        # fewer workers than there were owners
-        new = stack.enter_context(packet_lab.product(*options, "--replace", routes=routes))
+        flags = (*options, "--workers", str(heirs), "--replace")
+        new = stack.enter_context(packet_lab.product(*flags, routes=routes))
         wait_for("the switch", lambda: "replaced" in [line["event"] for line in old.log()])
         for worker in nursery.children():
             kill(worker)
@@ -165,6 +183,8 @@ def test_workers_of_a_replaced_router_may_be_killed(packet_lab: PacketLab) -> No
         assert all(talks(client, b"while both are here") for client in clients)
         assert old.is_running()
 
+        if heirs > 1:
+            keep_down(new)
         for client in holding:
             client.close()
         old.wait_for_end()
