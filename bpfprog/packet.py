@@ -31,7 +31,6 @@ OBJECT = Path(__file__).with_name("packet.bpf.o")
 
 ABI: Final[int] = lib.PACKET_ABI
 MAX_FLOWS: Final[int] = lib.MAX_FLOWS
-MAX_HEAD: Final[int] = lib.MAX_HEAD
 MAX_OWNERS: Final[int] = lib.MAX_OWNERS
 MAX_NOTE: Final[int] = lib.NOTE_BYTES
 

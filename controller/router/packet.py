@@ -147,7 +147,7 @@ class PacketHandoff:
             )
         except Declined as refusal:
             raise Refused(str(refusal)) from None
-        flow = PacketFlow(self, number, (client, backend), over, prelude.moved)
+        flow = PacketFlow(self, number, (client, backend), over)
         self._enter(flow)
         self.loop.handlers.pop(backend, None)
         if is_open:
@@ -195,7 +195,7 @@ class PacketHandoff:
             if native.told:
                 self._over.append((self.loop.now, number, native.serial))
                 continue
-            flow = PacketFlow(self, number, None, forgotten, 0)
+            flow = PacketFlow(self, number, None, forgotten)
             flow.hear_of_end(enter(flow, self.packet.read_note(number)))
             self._enter(flow)
             self.without_sockets += 1
@@ -394,7 +394,6 @@ class PacketFlow(Flow):
         "_before",
         "_handoff",
         "_is_settled",
-        "_moved",
         "entry",
         "native",
         "number",
@@ -407,18 +406,14 @@ class PacketFlow(Flow):
         number: int,
         fds: tuple[int, int] | None,
         over: Callable[[Flow], None],
-        moved: int,
     ) -> None:
         """
         Stand for the flow *number*, which has sockets yet unless *fds* is None.
-
-        *moved* bytes of the client's were sent on before that.
         """
         super().__init__(handoff.loop, fds or (-1, -1), over)
         self._handoff = handoff
         self.number = number
         self.native = handoff.packet.flow(number)
-        self._moved = moved
         self.entry = b""
         self.without_sockets = fds is None
         self._is_settled = False
@@ -537,7 +532,7 @@ class PacketFlow(Flow):
         Count the bytes that *side* has sent.
         """
         counted: int = self.native.ways[side].bytes
-        return counted if side else counted + self._moved
+        return counted
 
     def moved(self, side: Side) -> int:
         """
