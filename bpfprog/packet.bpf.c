@@ -1325,11 +1325,12 @@ static __always_inline int find_ways(struct __sk_buff *skb, const struct install
 	headers = flow->is_ipv6 ? sizeof(struct ipv6) + TCP_LEN : sizeof(struct ipv4) + TCP_LEN;
 	if (client->advmss + headers > flow->ways[CLIENT_END].mtu)
 		return INSTALL_MTU;
-	/* The backend was told by TCP_MAXSEG what the client takes.  If it takes less itself, that
-	 * is what mss_clamp is; if it takes as much, a client that is no odder sends no more.
+	/* The backend was told by TCP_MAXSEG what the client takes, unless packets were off when it
+	 * was dialled.  If it takes less itself, that is what mss_clamp is; if it takes as much, a
+	 * client that is no odder sends no more.
 	 */
-	if (backend->rx_opt.mss_clamp < backend->rx_opt.user_mss &&
-	    backend->rx_opt.mss_clamp < client->advmss)
+	if (!backend->rx_opt.user_mss || (backend->rx_opt.mss_clamp < backend->rx_opt.user_mss &&
+					  backend->rx_opt.mss_clamp < client->advmss))
 		return INSTALL_MTU;
 	return INSTALL_OK;
 }
