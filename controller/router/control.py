@@ -272,11 +272,14 @@ class Control:
 
     def _packet(self, _: "Peer", message: wire.Message) -> wire.Message:
         state = wire.read_packet(message)
+        # worker 0, when it is off and alone, takes down what the others may be about to use
+        last = state == wire.PacketState.OFF
+        answers = self._ask_workers(message) if last else []
         try:
             packet = self.loop.ask(partial(self._switch_packet, state))
         except ValueError as err:
             return {"type": "packet", "error": str(err)}
-        for answer in self._ask_workers(message):
+        for answer in answers if last else self._ask_workers(message):
             packet["flows"] += answer.get("packet", {"flows": 0})["flows"]
         return {"type": "packet", "packet": packet}
 
