@@ -331,6 +331,8 @@ class Packet:
     def is_alone(self) -> bool:
         """
         Whether nobody else uses what is pinned; if so, nobody can begin to before `unpin` or close.
+
+        Not if it has been taken down.
         """
         if self._lock < 0:
             return False
@@ -340,7 +342,8 @@ class Packet:
             # the kernel has given up the lock that was to become that one
             fcntl.flock(self._lock, fcntl.LOCK_SH)
             return False
-        return True
+        # meanwhile another may have been alone
+        return _is_at(self._lock, self.directory)
 
     def unpin(self) -> None:
         """
@@ -453,11 +456,14 @@ class Packet:
         """
         return bool(lib.packet_end(self._packet, number))
 
-    def reap(self, number: int, serial: int) -> None:
+    def reap(self, number: int, serial: int) -> bool:
         """
         Free the place of a flow that has been over for QUARANTINE, unless it is another's by now.
+
+        Returns:
+            Whether that is done; else it is to be asked for again, after a while.
         """
-        lib.packet_reap(self._packet, number, serial)
+        return bool(lib.packet_reap(self._packet, number, serial))
 
     def numbers(self) -> list[int]:
         """
@@ -533,10 +539,16 @@ def _enter(directory: Path) -> int:
             raise KernelError(err.errno, f"{directory}: {err.strerror}") from None
         fcntl.flock(fd, fcntl.LOCK_SH)
         # whoever had it alone has taken it down
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), directory.stat()):
-                return fd
+        if _is_at(fd, directory):
+            return fd
         os.close(fd)
+
+
+def _is_at(fd: int, directory: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), directory.stat())
+    except FileNotFoundError:
+        return False
 
 
 def silence(one: int, other: int) -> None:

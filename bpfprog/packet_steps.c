@@ -209,7 +209,7 @@ static int packet_install(struct packet *packet, int client, int backend, bool a
 		.serial = serial,
 		.anywhere = anywhere,
 	};
-	ssize_t size = recv(client, head, sizeof(head), MSG_PEEK);
+	ssize_t size = recv(client, head, sizeof(head), MSG_PEEK | MSG_DONTWAIT);
 	int64_t claimed;
 	int result;
 
@@ -305,15 +305,19 @@ static void turn_round(const struct tuple *tuple, struct tuple *other)
 
 /* Free a flow that has been over for long enough, or has never begun; one that is not the same any
  * more, or is under way, is left alone.
+ *
+ * Returns false for one whose addresses a SYN has taken, this very instant perhaps: next time.
  */
-static void packet_reap(struct packet *packet, uint32_t number, uint64_t serial)
+static bool packet_reap(struct packet *packet, uint32_t number, uint64_t serial)
 {
 	struct flow *flow = &packet->flows[number];
 	uint32_t state = flow->state;
 
 	if (flow->serial != serial || state == FLOW_FREE || state == FLOW_HELLO ||
 	    state == FLOW_OPEN)
-		return;
+		return true;
+	if (leave_state(flow, FLOW_FORGOTTEN, FLOW_REAPED))
+		return false;
 	/* Who is first, this or a new connection's SYN, deletes the addresses.  Of what a router
 	 * has ended at they may be another's by now.
 	 */
@@ -333,6 +337,7 @@ static void packet_reap(struct packet *packet, uint32_t number, uint64_t serial)
 	if (flow->noted)
 		bpf_map_delete_elem(packet->notes, &number);
 	give_back(flow);
+	return true;
 }
 
 /* List the flows that are somebody's.  Returns how many. */

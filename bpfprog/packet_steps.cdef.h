@@ -32,7 +32,7 @@ bool packet_acknowledged(struct packet *packet, uint32_t number);
 int packet_run(int prog_fd, void *data, uint32_t size, void *out, uint32_t *out_size);
 int packet_emit(struct packet *packet, void *data, uint32_t size, uint32_t ifindex);
 bool packet_end(struct packet *packet, uint32_t number);
-void packet_reap(struct packet *packet, uint32_t number, uint64_t serial);
+bool packet_reap(struct packet *packet, uint32_t number, uint64_t serial);
 uint32_t packet_list(struct packet *packet, uint32_t *numbers, uint32_t room);
 uint32_t packet_idle(struct packet *packet, uint32_t before, uint32_t *numbers, uint32_t room);
 int packet_note(struct packet *packet, uint32_t number, const char *text, uint32_t size);

@@ -223,7 +223,7 @@ class PacketHandoff:
         if self._retired:
             raise ValueError(f"not in use here: {self._retired}")
         if self.detached:
-            raise ValueError("detached: the next start of the router attaches it again")
+            raise ValueError("detached: a router that starts anew attaches it again")
         self.is_on = True
 
     def retire(self, reason: str) -> None:
@@ -345,7 +345,9 @@ class PacketHandoff:
         """
         over, until = self._over, self.loop.now - age
         while over and over[0][0] <= until:
-            self.packet.reap(*over.popleft()[1:])
+            _, number, serial = over.popleft()
+            if not self.packet.reap(number, serial):
+                over.append((self.loop.now, number, serial))
 
     def reap_now(self) -> None:
         """
