@@ -29,6 +29,9 @@ from harness.transfer_promises import BLOCK
 
 HANDOFF = "packet"
 
+ACTIVE = "sniroute_connections_active"
+"""The metric of connections under way."""
+
 PATIENCE = 20
 """Seconds that an end of a connection waits: longer than TCP takes to mend what is lost here."""
 

@@ -5,12 +5,12 @@ The programs on the devices: as kernels before TCX had them, and while one route
 import json
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
 from harness.lab import Lab
 from harness.packet_lab import (
+    ACTIVE,
     HANDOFF,
     QUARANTINE,
     VERSIONS,
@@ -28,17 +28,6 @@ from bpfprog import Packet
 DEVICES = ("br1", "out0")
 
 NEW_DEVICES = 8
-
-ACTIVE = "sniroute_connections_active"
-
-
-@pytest.fixture
-def lab() -> Iterator[PacketLab]:
-    """
-    A lab whose product hands over as packets.
-    """
-    with PacketLab() as lab:
-        yield lab
 
 
 def filters(lab: Lab, device: str) -> str:

@@ -20,14 +20,13 @@ from harness.lab import (
     route,
 )
 from harness.machines import Here
-from harness.packet_lab import HANDOFF, HELLOS, HOSTS, VERSIONS, Ends, House, PacketLab
+from harness.packet_lab import ACTIVE, HANDOFF, HELLOS, HOSTS, VERSIONS, Ends, House, PacketLab
 from harness.sockets import counts
 from harness.tools import wait_for
 from harness.tunnel import DEVICE, tunnel
 
 from controller.core.proxyprotocol import read_header, write_header
 
-ACTIVE = "sniroute_connections_active"
 REFUSALS = "sniroute_handoff_refusals_total"
 
 NETWORKS = [f"198.18.{n}.0/24" for n in (1, 2)] + [f"2001:db8:0:{n}::/64" for n in (1, 2)]

@@ -55,15 +55,6 @@ OPTIONS = {
 LACKING = pytest.mark.parametrize("off", OPTIONS.values(), ids=OPTIONS.keys())
 
 
-@pytest.fixture
-def lab() -> Iterator[PacketLab]:
-    """
-    A lab of the test's own.
-    """
-    with PacketLab() as lab:
-        yield lab
-
-
 @contextlib.contextmanager
 def without(machine: Here, *settings: str) -> Iterator[None]:
     """

@@ -2,12 +2,11 @@
 Flows while one router takes the place of another, and whatever becomes of either.
 """
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 
-import pytest
 from harness.ends import ended_by_reset, reset
 from harness.packet_lab import (
+    ACTIVE,
     HANDOFF,
     House,
     PacketLab,
@@ -19,16 +18,6 @@ from harness.product import Sniroute
 from harness.tools import wait_for
 
 FLAGS = ("--drain", "30", "--hello-timeout", "1")
-ACTIVE = "sniroute_connections_active"
-
-
-@pytest.fixture
-def lab() -> Iterator[PacketLab]:
-    """
-    A lab whose product hands over as packets.
-    """
-    with PacketLab() as lab:
-        yield lab
 
 
 def flows(sniroute: Sniroute) -> float | None:

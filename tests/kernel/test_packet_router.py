@@ -28,6 +28,7 @@ from harness.ends import (
 )
 from harness.lab import CLIENT, FRONT, Container
 from harness.packet_lab import (
+    ACTIVE,
     HANDOFF,
     HELLOS,
     PATIENCE,
@@ -44,19 +45,8 @@ from harness.transfer_promises import BLOCK
 
 from bpfprog.packet import MAX_NOTE
 
-ACTIVE = "sniroute_connections_active"
-
 AT_ONCE = 2.0
 """Seconds in which both ends hear of an end that neither has made."""
-
-
-@pytest.fixture
-def lab() -> Iterator[PacketLab]:
-    """
-    A lab of the test's own.
-    """
-    with PacketLab() as lab:
-        yield lab
 
 
 @pytest.fixture(scope="module")
