@@ -28,6 +28,8 @@ enum {
 	HELLO_MAX = 65536,
 	PATTERN = 1 << 20, /* a shift by a multiple of it shows in the total only */
 	PROBE = 64, /* bytes compared at each end of a read */
+	TLS_ALERT = 21, /* RFC 8446, 5.1: a record of the header's five bytes and these two, 6 */
+	ALERT_SIZE = 7,
 	MESSAGE = 64,
 	READ = 1 << 18,
 	TIMES_MAX = 1 << 20,
@@ -303,7 +305,10 @@ static int hear_greeting(struct conn *c)
 		return -1;
 	}
 	if (memcmp(buffer, greeting + c->got, n)) {
-		error("client: not the greeting of the right backend");
+		if (n == ALERT_SIZE && *buffer == TLS_ALERT)
+			error("client: alert %d", (unsigned char)buffer[ALERT_SIZE - 1]);
+		else
+			error("client: not the greeting of the right backend");
 		return -1;
 	}
 	c->got += n;
