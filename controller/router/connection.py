@@ -12,6 +12,7 @@ Rules of this file:
 import errno
 import os
 import select
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,10 +61,6 @@ LAST_WORD: Final = 2.0
 DISCARD_LIMIT: Final = 1024 * 1024
 """Bytes thrown away from a refused client before it is reset."""
 
-KEEPALIVE_IDLE: Final = 300
-"""Seconds of silence before TCP asks whether the other end lives; below the idle limits of common
-stateful firewalls."""
-
 _HELLO_RESULTS: Final[dict[int, tuple[str, int]]] = {
     lib.HELLO_EOF: ("client_closed", 0),
     lib.HELLO_RESET: ("client_closed", 0),
@@ -92,6 +89,16 @@ _NO_WAY_BACK: Final = {
     errno.EPERM,
 }
 """What a dial from a client's address ends with where that address is the trouble."""
+
+
+_PORT_TAKEN: Final = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES}
+"""What a dial ends with where its port is another's, or not for us to take."""
+
+PORT_TRIES: Final = 16
+"""Ports that a dial tries: others' connections may have some of those that we choose from."""
+
+_DIAL: Final = struct.Struct("=28s28siii")
+"""What a `struct dial` begins with."""
 
 
 @dataclass(slots=True)
@@ -140,6 +147,7 @@ class Connection:
         "_hello_reader",
         "_leaves",
         "_peer",
+        "_ports_tried",
         "_router",
         "_timer",
         "_tries",
@@ -167,6 +175,7 @@ class Connection:
         self._hello_reader = arrival.hello
         self._timer: Timer | None = None
         self._connecting = -1
+        self._ports_tried = 0
         self._tries: list[Backend] = []
         self._leaves: list[Callable[[], None]] = []
         self.began = began
@@ -332,77 +341,93 @@ class Connection:
         while self._tries:
             self.backend = self._tries.pop()
             choice = transparency.choose(self.client[0], self.backend)
-            if choice.refuse:
-                self._router.connect_error(self, choice.reason)
-            elif self._dial(self.backend, choice):
+            if not choice.refuse:
+                self._dial(choice)
                 return
+            self._router.connect_error(self, choice.reason)
         self.refuse("connect_failed", alert.INTERNAL_ERROR)
 
-    def _dial(self, backend: Backend, choice: Choice) -> bool:
+    def _dial(self, choice: Choice) -> None:
         """
-        Connect to *backend*; tell whether it is done, or there is anything to wait for.
+        Connect to the backend, together with others that are to.
         """
-        router = self._router
-        settings = router.settings
         self.choice = choice
-        address = backend_address(self.address, backend.port)
-        source = socket_address(*self.client) if choice.transparent else ffi.NULL
-        like, port = router.likeness(self)
+        self._ports_tried = 0
         self.dialled = time.monotonic()
-        fd = lib.dial(router.dialler, address, source, len(address), like, port)
+        self._router.dials.add(self)
+
+    def write_dial(self, dials: Any, at: int) -> None:
+        """
+        Write the `struct dial` to dial by, into the buffer *dials* at *at*.
+        """
+        backend = self.backend
+        assert backend is not None  # noqa: S101 - it is about to be dialled
+        address = backend_address(self.address, backend.port)
+        source = socket_address(*self.client) if self.choice.transparent else b""
+        like, port = self._router.likeness(self, self._ports_tried)
+        _DIAL.pack_into(dials, at, address, source, len(address), like, port)
+
+    def on_dialled(self, fd: int, connected: int) -> None:
+        """
+        Hear that *fd* is connected, or going to be; or of an error, -errno.
+        """
         if fd < 0:
-            return self._dial_again(-fd)
+            self._failed_to_connect(-fd)
+            return
         self._connecting = fd
-        if router.dialler.connected:
-            return self._hand_over()
+        if connected:
+            self._hand_over()
+            return
+        router, settings = self._router, self._router.settings
         router.loop.handlers[fd] = self._on_connected
-        tried = choice.transparent and router.transparency.mode(backend) == ClientIp.AUTO
+        tried = self.choice.transparent and self._may_be_nat
         patience = settings.transparent_timeout if tried else settings.connect_timeout
         self._timer = router.loop.later(patience, self._connect_timeout)
-        return True
 
-    def _dial_again(self, error: int) -> bool:
+    @property
+    def _may_be_nat(self) -> bool:
+        backend = self.backend
+        assert backend is not None  # noqa: S101 - it was dialled
+        return self._router.transparency.mode(backend) == ClientIp.AUTO
+
+    def _failed_to_connect(self, error: int) -> None:
         """
-        After *error*, dial the same backend from this host's address where that is worth a try.
+        After *error*, dial the same backend in another way where that is worth a try, or the next.
 
         Only silence is taken for a way back that is missing: a refusal may be meant for just this
         client.  But at an address of the backend's second family it means that nothing listens.
         """
-        backend = self.backend
+        backend, router = self.backend, self._router
         assert backend is not None  # noqa: S101 - it was dialled
-        transparency = self._router.transparency
-        if self.choice.transparent and transparency.mode(backend) == ClientIp.AUTO:
+        if self._connecting >= 0:
+            router.loop.close(self._connecting)
+            self._connecting = -1
+        elif error in _PORT_TAKEN and self._ports_tried < PORT_TRIES:
+            self._ports_tried += 1
+            router.dials.add(self)
+            return
+        if self.choice.transparent and self._may_be_nat:
             if error in _NO_WAY_BACK:
-                return self._dial(backend, NO_REPLY)
+                self._dial(NO_REPLY)
+                return
             if error == errno.ECONNREFUSED and self.address != backend.address:
-                return self._dial(backend, NOT_THERE)
-        self._router.connect_error(self, errno.errorcode.get(error, str(error)).lower())
-        return False
+                self._dial(NOT_THERE)
+                return
+        router.connect_error(self, errno.errorcode.get(error, str(error)).lower())
+        self._dial_next()
 
     def _connect_timeout(self) -> None:
         self._timer = None
-        if not self._failed_to_connect(errno.ETIMEDOUT):
-            self._dial_next()
-
-    def _failed_to_connect(self, error: int) -> bool:
-        """
-        Give this connection to the backend up; tell whether there is another to wait for.
-        """
-        self._router.loop.close(self._connecting)
-        self._connecting = -1
-        return self._dial_again(error)
+        self._failed_to_connect(errno.ETIMEDOUT)
 
     def _on_connected(self, events: int) -> None:
         self._cancel_timer()
         if events & (select.EPOLLERR | select.EPOLLHUP):
-            error = lib.socket_error(self._connecting) or errno.ECONNRESET
-            done = self._failed_to_connect(error)
+            self._failed_to_connect(lib.socket_error(self._connecting) or errno.ECONNRESET)
         else:
-            done = self._hand_over()
-        if not done:
-            self._dial_next()
+            self._hand_over()
 
-    def _hand_over(self) -> bool:
+    def _hand_over(self) -> None:
         """
         Have the best hand-off that takes them move the bytes of both sockets.
 
@@ -412,11 +437,11 @@ class Connection:
         try:
             self.flow = self._climb(self._begin())
         except OSError as err:
-            return self._failed_to_connect(err.errno or errno.EIO)
+            self._failed_to_connect(err.errno or errno.EIO)
+            return
         self._connecting = -1
         self.result = "forwarded"
         self._router.handed_over(self)
-        return True
 
     def _climb(self, prelude: Prelude) -> Flow:
         """
@@ -455,8 +480,8 @@ class Connection:
     def _header_for(self, backend: Backend) -> bytes:
         local = self._header.destination
         if local is None:
-            endpoint = self._router.arrival.peer
-            lib.local_endpoint(self.fd, ffi.addressof(endpoint))
+            endpoint = ffi.new("struct endpoint *")
+            lib.local_endpoint(self.fd, endpoint)
             local = readable(read_endpoint(endpoint))
         hello = self.hello
         return write_header(

@@ -163,16 +163,19 @@ class Loop:
         if self._soon:
             actions, self._soon = self._soon, []
             for action in actions:
-                self._call(action)
+                self.guard(action)
         while self._timers and self._timers[0].due <= self.now:
             due = heapq.heappop(self._timers).action
             if due is not None:
-                self._call(due)
+                self.guard(due)
         self._end_round()
 
-    def _call(self, action: Callable[[], None]) -> None:
+    def guard(self, action: Callable[..., None], *args: Any) -> None:
+        """
+        Call *action*, one of many: a fault costs the connection that it is a method of.
+        """
         try:
-            action()
+            action(*args)
         except Exception as err:  # noqa: BLE001 - as above
             self.fault(action, err)
 
@@ -210,7 +213,7 @@ class Loop:
             lib.reset(fd)
         self._resetting.clear()
         for action in self.round_ends:
-            self._call(action)
+            self.guard(action)
 
 
 def _answer(question: Callable[[], Any], answer: Future[Any]) -> None:

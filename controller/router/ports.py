@@ -36,6 +36,18 @@ def choose_range(kernel: tuple[int, int]) -> range:
     return range(first, last + 1)
 
 
+def find_range() -> tuple[range, bool]:
+    """
+    Find the ports to choose from, and whether the kernel gives them to no one who does not ask.
+    """
+    try:
+        first, last = map(int, _RANGE.read_text().split())
+    except (OSError, ValueError):
+        first, last = 32768, 60999
+    ours = choose_range((first, last))
+    return ours, ours.start > last or ours.stop <= first
+
+
 class Ports:
     """
     The addresses of all flows, and what may be used beside them.
@@ -50,11 +62,8 @@ class Ports:
         Nobody knows the flows of another, so what each chooses from is its own; the halves are for
         a router and the one that takes its place.
         """
-        try:
-            first, last = map(int, _RANGE.read_text().split())
-        except (OSError, ValueError):
-            first, last = 32768, 60999
-        self._cycle = itertools.cycle(choose_range((first, last))[half::2][worker::workers])
+        ours, self.are_apart = find_range()
+        self._cycle = itertools.cycle(ours[half::2][worker::workers])
         self._busy: dict[bytes, int] = {}
 
     def take(self, entry: bytes) -> None:

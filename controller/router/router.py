@@ -25,10 +25,11 @@ from controller.log import connection as write_line
 from controller.router._native import ffi
 from controller.router.address import pack
 from controller.router.adopted import Adopted
-from controller.router.connection import KEEPALIVE_IDLE, Connection
+from controller.router.connection import PORT_TRIES, Connection
 from controller.router.devices import Devices
+from controller.router.dials import Dials
 from controller.router.flow import Flow, Handoff
-from controller.router.listen import QUEUE, accept, deafen
+from controller.router.listen import QUEUE, TOGETHER, accept, deafen
 from controller.router.loop import Loop
 from controller.router.packet import PacketFlow, PacketHandoff
 from controller.router.stats import Stats
@@ -107,16 +108,10 @@ class Router:
         # no two workers' connections have one id
         self.ids = itertools.count(worker or settings.workers, settings.workers)
         self.connections: dict[int, Connection] = {}  # in the order of their ids
-        self.arrival: Any = ffi.new("struct arrival *")
+        self.arrivals: Any = ffi.new("struct arrival[]", TOGETHER)
+        self.accept_error: Any = ffi.new("int *")
         self.reading: Any = ffi.new("struct reading *")
-        self.dialler: Any = ffi.new(
-            "struct dialler *",
-            {
-                "receive_buffer": settings.receive_buffer,
-                "keepalive_idle": KEEPALIVE_IDLE,
-                "epoll": loop.epoll_fd,
-            },
-        )
+        self.dials = Dials(loop, settings.receive_buffer)
         self.looked_at: Any = ffi.new("const unsigned char **")
         self.trusts = _membership(settings.proxy_protocol_from)
         self.draining = False
@@ -260,21 +255,28 @@ class Router:
             return self.ladder
         return [rung for rung in self.ladder if HANDOFFS.index(rung.name) >= best]
 
-    def likeness(self, connection: Connection) -> tuple[int, int]:
+    def likeness(self, connection: Connection, tried: int) -> tuple[int, int]:
         """
         Which socket the one to *connection*'s backend is to resemble, and the port to dial from.
 
-        Both matter where packets of the one may become packets of the other.
+        Both matter where packets of the one may become packets of the other.  *tried* ports were
+        another's already.
+
+        Returns:
+            -1 for no socket, 0 for a port of the kernel's choice.
         """
-        own = connection.client[1] if connection.choice.transparent else 0
         backend, packet = connection.backend, self.packet
         assert backend is not None  # noqa: S101 - it is about to be dialled
-        if packet is None or not packet.is_on or backend.handoff not in PACKET_TOO:
-            return -1, own
+        own = connection.client[1] if connection.choice.transparent and not tried else 0
+        like = -1
+        if packet is not None and packet.is_on and backend.handoff in PACKET_TOO:
+            like = connection.fd
+        elif packet is None or packet.ports.are_apart:
+            return like, own
         to = pack((connection.address, backend.port))
         if own and packet.ports.is_free(connection.client, to):
-            return connection.fd, own
-        return connection.fd, packet.ports.choose(to)
+            return like, own
+        return like, packet.ports.choose(to) if tried < PORT_TRIES else 0
 
     def connect_error(self, connection: Connection, error: str) -> None:
         """

@@ -22,7 +22,10 @@ def client_hello(name: str) -> bytes:
     Make a hello as OpenSSL says it to *name*.
     """
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    talk = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name)
+    context = ssl.create_default_context()
+    # the least that it offers is the distribution's choice else
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    talk = context.wrap_bio(incoming, outgoing, server_hostname=name)
     with contextlib.suppress(ssl.SSLWantReadError):
         talk.do_handshake()
     return outgoing.read()

@@ -26,7 +26,8 @@ class Reader:
     def __init__(self) -> None:
         assert lib.hello_init() == 0
         self._listener = socket.create_server((LOOPBACK, 0))
-        self._arrival = ffi.new("struct arrival *")
+        self._arrivals = ffi.new("struct arrival[1]")
+        self._error = ffi.new("int *")
 
     def close(self) -> None:
         """
@@ -40,10 +41,11 @@ class Reader:
         """
         with socket.create_connection(self._listener.getsockname()) as client:
             client.sendall(data)
-            arrival = self._arrival
             # loopback delivers before sendall returns, so that the first look sees it all
-            fd = lib.accept_client(self._listener.fileno(), LIMIT, arrival)
-            socket.close(fd)
+            listener, arrivals = self._listener.fileno(), self._arrivals
+            assert lib.accept_clients(listener, LIMIT, arrivals, 1, self._error) == 1
+            arrival = arrivals[0]
+            socket.close(arrival.fd)
             if arrival.hello != ffi.NULL:
                 lib.hello_free(arrival.hello)
             reading = arrival.reading

@@ -19,9 +19,13 @@ struct hello {
 static SSL_CTX *hello_ctx;
 static int hello_index;
 
-/* for the one thread that reads hellos: what it peeked, and the bodies it found */
+/* For the one thread that reads hellos: what it peeked, and the bodies that it found, of hellos
+ * that are looked at together, and of one that is looked at again.
+ */
 static unsigned char peeked[HELLO_MAX + 1];
-static unsigned char bodies[HELLO_MAX + 1];
+static unsigned char many_bodies[2 * sizeof(peeked)];
+static unsigned char bodies_again[sizeof(peeked)];
+static unsigned char *bodies;
 static struct extension found[N_EXTENSIONS];
 
 static const unsigned int extension_types[N_EXTENSIONS] = {
@@ -34,7 +38,6 @@ static const unsigned int extension_types[N_EXTENSIONS] = {
 static int on_hello(SSL *ssl, int *alert, void *arg)
 {
 	struct hello *hello = SSL_get_ex_data(ssl, hello_index);
-	size_t used = 0;
 
 	(void)alert;
 	(void)arg;
@@ -47,10 +50,10 @@ static int on_hello(SSL *ssl, int *alert, void *arg)
 		found[i].size = 0;
 		if (!SSL_client_hello_get0_ext(ssl, extension_types[i], &body, &size))
 			continue;
-		/* all bodies lie in one hello, and that in HELLO_MAX bytes */
-		found[i].body = memcpy(bodies + used, body, size);
+		/* all bodies of a hello lie in what was peeked, for which there is room */
+		found[i].body = memcpy(bodies, body, size);
 		found[i].size = size;
-		used += size;
+		bodies += size;
 	}
 	return SSL_CLIENT_HELLO_RETRY;
 }
@@ -179,10 +182,7 @@ void wait_for_bytes(int fd, int need)
 	setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &need, sizeof(need));
 }
 
-/* Look at the hello in what *fd* has received.  When there is too little, the socket waits for
- * what *need* says.
- */
-void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading)
+static void look_at_hello(struct hello *hello, int fd, size_t limit, struct reading *reading)
 {
 	ssize_t size = look(fd, limit + 1);
 
@@ -201,6 +201,15 @@ void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *readi
 	}
 	if (reading->status == HELLO_MORE)
 		wait_for_bytes(fd, reading->need);
+}
+
+/* Look at the hello in what *fd* has received.  When there is too little, the socket waits for
+ * what *need* says.
+ */
+void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading)
+{
+	bodies = bodies_again;
+	look_at_hello(hello, fd, limit, reading);
 }
 
 /* What *fd* has received, up to *size* bytes of it, for someone else to read.

@@ -39,6 +39,7 @@ struct endpoint {
 };
 
 struct arrival {
+	int fd;
 	struct endpoint peer;
 	struct hello *hello; /* HELLO_MORE: to peek again with, and to free */
 	struct reading reading;
@@ -54,17 +55,29 @@ int peek_bytes(int fd, const unsigned char **data, size_t size);
 void drop_bytes(int fd, size_t size);
 int send_bytes(int fd, const void *data, size_t size);
 
-int accept_client(int listener, size_t limit, struct arrival *arrival);
+int accept_clients(int listener, size_t limit, struct arrival *arrivals, int room, int *error);
 int local_endpoint(int fd, struct endpoint *local);
 int discard(int fd, size_t budget);
 int refuse(int fd, const void *alert, size_t size, size_t budget);
-/* how to connect to a backend */
+/* how to connect to backends */
 struct dialler {
 	int receive_buffer, keepalive_idle, epoll;
-	bool connected; /* the last dial, before it returned */
+	bool ports_are_kernels; /* the kernel gives those that we choose to others as well */
 };
 
-int dial(struct dialler *dialler, const void *to, const void *client, int size, int like, int port);
+/* A backend to connect to: from this host's address, or, where it has a family, from that of
+ * *client*, which has the same.  The socket resembles that of *like*, unless -1, and has *port*,
+ * or with 0 the kernel's choice.
+ */
+struct dial {
+	char to[28], client[28]; /* struct sockaddr_in or sockaddr_in6 */
+	int size; /* of either */
+	int like, port;
+	int fd; /* or -errno */
+	int connected; /* else it is to be waited for */
+};
+
+void dial_all(const struct dialler *dialler, struct dial *dials, int count);
 int socket_options(int fd, int receive_buffer, int keepalive_idle);
 int socket_error(int fd);
 void watch(int epoll, int fd, uint32_t events);

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Steps of a connection that would be many system calls from Python.  Errors are -errno. */
 
+/* linux/in.h, since Linux 6.3 */
+#define LOCAL_PORT_RANGE 51
+
 static const int on = 1;
 
 /* --- the client's side: accept, peek, refuse --- */
@@ -36,12 +39,11 @@ int local_endpoint(int fd, struct endpoint *local)
 	return 0;
 }
 
-/* Accept one client and look at its hello.  What is not complete yet leaves a hello to go on
- * with in *arrival*.
+/* Accept one client and look at its hello.  What is not complete yet leaves a hello to go on with.
  *
- * Returns the descriptor or -errno.
+ * Returns 0 or -errno.
  */
-int accept_client(int listener, size_t limit, struct arrival *arrival)
+static int accept_client(int listener, size_t limit, struct arrival *arrival)
 {
 	struct sockaddr_storage peer;
 	socklen_t size = sizeof(peer);
@@ -55,12 +57,35 @@ int accept_client(int listener, size_t limit, struct arrival *arrival)
 		close(fd);
 		return -ENOMEM;
 	}
-	hello_peek(arrival->hello, fd, limit, &arrival->reading);
+	arrival->fd = fd;
+	look_at_hello(arrival->hello, fd, limit, &arrival->reading);
 	if (arrival->reading.status != HELLO_MORE) {
 		hello_free(arrival->hello);
 		arrival->hello = NULL;
 	}
-	return fd;
+	return 0;
+}
+
+/* Accept clients, *room* at most, and look at their hellos: one after the other, while the code for
+ * that is in the processor's caches.
+ *
+ * Returns how many; *error* is the errno that came next, 0 if none.
+ */
+int accept_clients(int listener, size_t limit, struct arrival *arrivals, int room, int *error)
+{
+	int count = 0;
+
+	bodies = many_bodies;
+	*error = 0;
+	/* what is left of the room for bodies is as much as one hello may need */
+	while (count < room && !*error && bodies <= many_bodies + sizeof(peeked)) {
+		*error = -accept_client(listener, limit, arrivals + count);
+		if (!*error)
+			count++;
+		else if (*error == ECONNABORTED || *error == EINTR || *error == EPROTO)
+			*error = 0;
+	}
+	return count;
 }
 
 /* Throw away what *fd* has received, at most *budget* bytes of it.
@@ -133,6 +158,20 @@ static int bind_port(int fd, struct sockaddr_storage *address, int size, int por
 	return 0;
 }
 
+/* Have connect() take *port*.  Where that is one of the kernel's own, it can be asked to choose
+ * among this one, which others' connections may have to other backends; before Linux 6.3 and
+ * elsewhere it is bound to, which others that have it prevent.
+ */
+static int take_port(int fd, int family, int size, int port, bool is_kernels)
+{
+	struct sockaddr_storage anywhere = { .ss_family = family };
+	uint32_t range = port << 16 | port;
+
+	if (is_kernels && !setsockopt(fd, IPPROTO_IP, LOCAL_PORT_RANGE, &range, sizeof(range)))
+		return 0;
+	return bind_port(fd, &anywhere, size, port);
+}
+
 /* Bind to a client's address, which is none of ours (IP_TRANSPARENT). */
 static int bind_as_client(int fd, const struct sockaddr *client, int size, int port)
 {
@@ -199,27 +238,28 @@ static int resemble(int fd, int like)
 	return setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &lacks, sizeof(lacks)) ? -errno : 0;
 }
 
-static int dial_once(struct dialler *dialler, const struct sockaddr *to,
-		     const struct sockaddr *client, int size, int like, int port)
+static int dial(const struct dialler *dialler, struct dial *dial)
 {
+	const struct sockaddr *to = (const struct sockaddr *)dial->to;
+	const struct sockaddr *client = (const struct sockaddr *)dial->client;
 	struct epoll_event event = { .events = EPOLLOUT | EPOLLET };
-	int fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP);
-	struct sockaddr_storage anywhere = { .ss_family = to->sa_family };
-	int err;
+	int fd, err;
 
+	fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP);
 	if (fd < 0)
 		return -errno;
 	event.data.fd = fd;
 	err = socket_options(fd, dialler->receive_buffer, dialler->keepalive_idle);
-	if (!err && like >= 0)
-		err = resemble(fd, like);
-	if (!err && client)
-		err = bind_as_client(fd, client, size, port);
-	else if (!err && port)
-		err = bind_port(fd, &anywhere, size, port);
+	if (!err && dial->like >= 0)
+		err = resemble(fd, dial->like);
+	if (!err && client->sa_family)
+		err = bind_as_client(fd, client, dial->size, dial->port);
+	else if (!err && dial->port)
+		err = take_port(fd, to->sa_family, dial->size, dial->port,
+				dialler->ports_are_kernels);
 	if (!err)
-		err = try_connect(fd, to, size);
-	dialler->connected = !err;
+		err = try_connect(fd, to, dial->size);
+	dial->connected = !err;
 	if (err == -EINPROGRESS)
 		err = epoll_ctl(dialler->epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 	if (err) {
@@ -229,21 +269,13 @@ static int dial_once(struct dialler *dialler, const struct sockaddr *to,
 	return fd;
 }
 
-/* Begin to connect to an address of *size* bytes, from this host's, or from that of *client*, of
- * the same family.  The socket resembles that of *like*, unless -1, and has *port*; where that is
- * taken, and with 0, the kernel's choice.  Of an outcome that is still to come dialler.epoll tells
- * as EPOLLOUT, EPOLLERR or EPOLLHUP.
- *
- * Returns the descriptor or -errno.
+/* Begin to connect to *count* backends, one after the other.  Of an outcome that is still to come
+ * dialler.epoll tells as EPOLLOUT, EPOLLERR or EPOLLHUP.
  */
-int dial(struct dialler *dialler, const void *to, const void *client, int size, int like, int port)
+void dial_all(const struct dialler *dialler, struct dial *dials, int count)
 {
-	int fd = dial_once(dialler, to, client, size, like, port);
-
-	/* the port is taken, or not for us to take */
-	if (port && (fd == -EADDRINUSE || fd == -EADDRNOTAVAIL || fd == -EACCES))
-		fd = dial_once(dialler, to, client, size, like, 0);
-	return fd;
+	for (int i = 0; i < count; i++)
+		dials[i].fd = dial(dialler, &dials[i]);
 }
 
 /* Take what was looked at; TCP drops it without copying it (tcp(7)). */
