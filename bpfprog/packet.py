@@ -19,7 +19,7 @@ import os
 import socket
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
@@ -82,6 +82,11 @@ _ENTRY_AT: Final = ffi.offsetof("struct flow", "ways")
 _ENTRY_SIZE: Final = ffi.sizeof("struct tuple")
 _EVENT: Final = struct.Struct("=IHHII")
 
+# `struct pair`: what goes in, and what comes out
+_PAIR: Final = struct.Struct("=Qii?")
+_OUTCOME: Final = struct.Struct("=20xiI??2x")
+_PAIR_SIZE: Final = ffi.sizeof("struct pair")
+
 _REASONS: Final = {
     getattr(lib, name): name.removeprefix("INSTALL_").lower()
     for name in dir(lib)
@@ -89,10 +94,17 @@ _REASONS: Final = {
 }
 
 
-class Declined(Exception):  # noqa: N818 - no error: the sockets are as they were
+class Installed(NamedTuple):
     """
-    Two sockets make no flow; the message is the reason, a word.
+    A flow.
+
+    *sent* says whether what waited was sent, without which there is nothing but to end the flow;
+    *is_open* is what `Packet.acknowledged` would tell.
     """
+
+    number: int
+    sent: bool
+    is_open: bool
 
 
 class Event(NamedTuple):
@@ -185,7 +197,7 @@ class Packet:
         self._ring = lib.packet_ring(self._packet)
         if self._ring == ffi.NULL:
             raise error(ffi.errno, "open the event ring")
-        self._installed = ffi.new("struct installed *")
+        self._pairs = ffi.new("struct pair[]", 64)
         self._memory = ffi.buffer(self._flows, MAX_FLOWS * _FLOW_SIZE)
 
     def _map(self, name: str) -> Any:
@@ -378,37 +390,31 @@ class Packet:
     # --- flows ---
 
     def install(
-        self,
-        client: int,
-        backend: int,
-        serial: int,
-        *,
-        foreign: bool = False,
-        anywhere: bool = False,
-    ) -> tuple[int, bool, bool]:
+        self, pairs: Sequence[tuple[int, int, bool]], serial: int, *, anywhere: bool = False
+    ) -> "list[Installed | str]":
         """
-        Make a flow of two connected sockets, and send the backend what waits in the client's.
+        Make flows of pairs of connected sockets, and send backends what waits in the clients'.
 
-        From then on the flow's packets are translated; the sockets must stay until `acknowledged`.
-        *foreign* says that the backend's socket may have an address that is neither this host's
-        nor the client's; *anywhere* is for a trial: the ends may be reached in any way.
+        A pair is the client's socket, the backend's, and whether that may have an address that is
+        neither this host's nor the client's.  From then on the flow's packets are translated; the
+        sockets must stay until `acknowledged`.  *serial* is the first flow's, the others' follow;
+        *anywhere* is for a trial: the ends may be reached in any way.
 
         Returns:
-            The flow's number; whether what waited was sent, without which there is nothing but to
-            end the flow; and what `acknowledged` would.
-
-        Raises:
-            Declined: there is no flow, and both sockets are as they were.
+            For each what was made; or why there is no flow, a word, and both sockets are as they
+            were.
         """
-        installed = self._installed
-        answer = lib.packet_install(
-            self._packet, client, backend, anywhere, foreign, serial, installed
-        )
-        if answer < 0:
-            raise Declined(errno.errorcode.get(-answer, "unknown").lower())
-        if answer:
-            raise Declined(_REASONS.get(answer, "unknown"))
-        return installed.number, installed.sent, installed.open
+        count = len(pairs)
+        if count > len(self._pairs):
+            self._pairs = ffi.new("struct pair[]", count)
+        buffer = ffi.buffer(self._pairs, count * _PAIR_SIZE)
+        for at, (client, backend, foreign) in enumerate(pairs):
+            _PAIR.pack_into(buffer, at * _PAIR_SIZE, serial + at, client, backend, foreign)
+        lib.packet_install_all(self._packet, self._pairs, count, anywhere)
+        return [
+            _why_not(result) if result else Installed(number, sent, is_open)
+            for result, number, sent, is_open in _OUTCOME.iter_unpack(buffer)
+        ]
 
     @property
     def lost_events(self) -> int:
@@ -549,6 +555,12 @@ def _is_at(fd: int, directory: Path) -> bool:
         return os.path.samestat(os.fstat(fd), directory.stat())
     except FileNotFoundError:
         return False
+
+
+def _why_not(result: int) -> str:
+    if result < 0:
+        return errno.errorcode.get(-result, "unknown").lower()
+    return _REASONS.get(result, "unknown")
 
 
 def silence(one: int, other: int) -> None:

@@ -26,11 +26,17 @@ struct packet {
 	uint32_t cursor;
 };
 
-/* what has become of an install */
-struct installed {
+/* two sockets to make a flow of, and what has become of that */
+struct pair {
+	uint64_t serial;
+	int client, backend;
+	bool foreign;
+
+	int result; /* enum install_result, or -errno */
 	uint32_t number;
 	bool sent; /* what waited in the client's socket */
 	bool open; /* the backend has acknowledged that; if not, EVENT_ACKED will tell */
+	char pad[2];
 };
 
 /* --- devices --- */
@@ -196,8 +202,7 @@ static bool packet_acknowledged(struct packet *packet, uint32_t number)
  *
  * Returns an enum install_result, or -errno.
  */
-static int packet_install(struct packet *packet, int client, int backend, bool anywhere,
-			  bool foreign, uint64_t serial, struct installed *out)
+static int install(struct packet *packet, struct pair *pair, bool anywhere)
 {
 	static char head[MAX_HEAD + 1];
 	struct {
@@ -206,10 +211,10 @@ static int packet_install(struct packet *packet, int client, int backend, bool a
 	} __attribute__((packed)) data = {};
 	struct install in = {
 		.owner = packet->owner,
-		.serial = serial,
+		.serial = pair->serial,
 		.anywhere = anywhere,
 	};
-	ssize_t size = recv(client, head, sizeof(head), MSG_PEEK | MSG_DONTWAIT);
+	ssize_t size = recv(pair->client, head, sizeof(head), MSG_PEEK | MSG_DONTWAIT);
 	int64_t claimed;
 	int result;
 
@@ -219,16 +224,17 @@ static int packet_install(struct packet *packet, int client, int backend, bool a
 		return INSTALL_EARLY_DATA;
 	size = size < 0 ? 0 : size;
 	in.hello = size;
-	result = read_tuple(client, &in.client);
+	result = read_tuple(pair->client, &in.client);
 	if (!result)
-		result = read_tuple(backend, &in.backend);
+		result = read_tuple(pair->backend, &in.backend);
 	if (result)
 		return result;
-	in.transparent = foreign || !memcmp(in.backend.to, in.client.from, sizeof(in.client.from));
+	in.transparent =
+		pair->foreign || !memcmp(in.backend.to, in.client.from, sizeof(in.client.from));
 	claimed = claim(packet);
 	if (claimed < 0)
 		return INSTALL_FULL;
-	in.flow = out->number = claimed;
+	in.flow = pair->number = claimed;
 	data.in = in;
 	result = packet_run(packet->install, &data, sizeof(data), NULL, NULL);
 	if (result) {
@@ -236,9 +242,16 @@ static int packet_install(struct packet *packet, int client, int backend, bool a
 		return result;
 	}
 	/* what fails now can not be undone: the client's packets may have gone on already */
-	out->sent = !size || send(backend, head, size, MSG_NOSIGNAL) == size;
-	out->open = out->sent && packet_acknowledged(packet, claimed);
+	pair->sent = !size || send(pair->backend, head, size, MSG_NOSIGNAL) == size;
+	pair->open = pair->sent && packet_acknowledged(packet, claimed);
 	return 0;
+}
+
+/* Make flows of *count* pairs, one after the other. */
+static void packet_install_all(struct packet *packet, struct pair *pairs, int count, bool anywhere)
+{
+	for (int i = 0; i < count; i++)
+		pairs[i].result = install(packet, &pairs[i], anywhere);
 }
 
 /* Have two sockets go without a word when they are closed (tcp_close). */

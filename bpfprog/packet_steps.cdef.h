@@ -5,9 +5,14 @@ struct packet {
 	uint32_t owner;
 	uint32_t cursor;
 };
-struct installed {
+struct pair {
+	uint64_t serial;
+	int client, backend;
+	bool foreign;
+	int result;
 	uint32_t number;
 	bool sent, open;
+	char pad[2];
 };
 
 enum { TCX_INGRESS = ..., TCX_EGRESS = ... };
@@ -26,8 +31,7 @@ struct ring_buffer *packet_ring(struct packet *packet);
 static struct flow_event packet_events[1024];
 static uint32_t packet_n_events;
 
-int packet_install(struct packet *packet, int client, int backend, bool anywhere, bool foreign,
-		   uint64_t serial, struct installed *out);
+void packet_install_all(struct packet *packet, struct pair *pairs, int count, bool anywhere);
 bool packet_acknowledged(struct packet *packet, uint32_t number);
 int packet_run(int prog_fd, void *data, uint32_t size, void *out, uint32_t *out_size);
 int packet_emit(struct packet *packet, void *data, uint32_t size, uint32_t ifindex);

@@ -31,7 +31,7 @@ from controller.core.proxyprotocol import (
     read_header,
     write_header,
 )
-from controller.core.routes import Backend, Route
+from controller.core.routes import HANDOFFS, Backend, Route
 from controller.core.session import BACKEND, CLIENT
 from controller.router._native import ffi, lib
 from controller.router.address import (
@@ -42,7 +42,7 @@ from controller.router.address import (
     readable,
     socket_address,
 )
-from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused
+from controller.router.flow import UNTOUCHED, Flow, Handoff, Offer, Prelude, Refused
 from controller.router.loop import Handler, Timer
 from controller.router.note import Note
 from controller.router.transparency import NO_REPLY, NOT_THERE
@@ -96,6 +96,8 @@ _PORT_TAKEN: Final = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES}
 
 PORT_TRIES: Final = 16
 """Ports that a dial tries: others' connections may have some of those that we choose from."""
+
+_RANK: Final = {name: rank for rank, name in enumerate(HANDOFFS)}
 
 _DIAL: Final = struct.Struct("=28s28siii")
 """What a `struct dial` begins with."""
@@ -161,6 +163,7 @@ class Connection:
         "flow",
         "hello",
         "id",
+        "offer",
         "refusals",
         "result",
         "route",
@@ -185,6 +188,7 @@ class Connection:
         self.route: Route | None = None
         self.backend: Backend | None = None
         self.choice = UNDECIDED
+        self.offer: Offer | None = None
         self.flow: Flow | None = None
         self.refusals: list[str] = []
         self.result = ""
@@ -354,7 +358,7 @@ class Connection:
         self.choice = choice
         self._ports_tried = 0
         self.dialled = time.monotonic()
-        self._router.dials.add(self)
+        self._router.batch.dial(self)
 
     def write_dial(self, dials: Any, at: int) -> None:
         """
@@ -376,7 +380,7 @@ class Connection:
             return
         self._connecting = fd
         if connected:
-            self._hand_over()
+            self._router.batch.hand_over(self)
             return
         router, settings = self._router, self._router.settings
         router.loop.handlers[fd] = self._on_connected
@@ -404,7 +408,7 @@ class Connection:
             self._connecting = -1
         elif error in _PORT_TAKEN and self._ports_tried < PORT_TRIES:
             self._ports_tried += 1
-            router.dials.add(self)
+            router.batch.dial(self)
             return
         if self.choice.transparent and self._may_be_nat:
             if error in _NO_WAY_BACK:
@@ -425,57 +429,64 @@ class Connection:
         if events & (select.EPOLLERR | select.EPOLLHUP):
             self._failed_to_connect(lib.socket_error(self._connecting) or errno.ECONNRESET)
         else:
-            self._hand_over()
+            self._router.batch.hand_over(self)
 
-    def _hand_over(self) -> None:
+    # --- the hand-off ---
+
+    def make_offer(self) -> None:
         """
-        Have the best hand-off that takes them move the bytes of both sockets.
-
-        A backend that fails now is one that did not accept: see `_failed_to_connect`.
-        """
-        self.connect_seconds = time.monotonic() - self.dialled
-        try:
-            self.flow = self._climb(self._begin())
-        except OSError as err:
-            self._failed_to_connect(err.errno or errno.EIO)
-            return
-        self._connecting = -1
-        self.result = "forwarded"
-        self._router.handed_over(self)
-
-    def _climb(self, prelude: Prelude) -> Flow:
-        """
-        Offer both sockets to each rung of the ladder, of which the last refuses nothing.
-
-        Raises:
-            OSError: the backend takes nothing.
-        """
-        for handoff in self._router.rungs(self):
-            try:
-                return handoff.take(self.fd, self._connecting, self.on_over, prelude)
-            except Refused as refusal:
-                prelude = refusal.prelude or prelude
-                self.refusals.append(f"{handoff.name}: {refusal}")
-                if refusal.leave is not None:
-                    self._leaves.append(refusal.leave)
-                self._router.refused(handoff.name, str(refusal))
-        raise AssertionError("the relay refused")
-
-    def _begin(self) -> Prelude:
-        """
-        Write what comes before the hand-off, the PROXY header.
-
-        Raises:
-            OSError: the backend does not take it.
+        Write what comes before the hand-off, the PROXY header, and offer both sockets.
         """
         backend = self.backend
         assert backend is not None  # noqa: S101 - it is connected
+        self.connect_seconds = time.monotonic() - self.dialled
+        prelude = UNTOUCHED
         header = self._header_for(backend) if backend.proxy_protocol != "off" else b""
         if header:
-            # the first bytes of a connection find its send buffer empty
-            _send(self._connecting, header)
-        taken = self._header.size
-        return Prelude(taken, len(header)) if taken or header else UNTOUCHED
+            try:
+                # the first bytes of a connection find its send buffer empty
+                _send(self._connecting, header)
+            except OSError as err:
+                self._failed_to_connect(err.errno or errno.EIO)
+                return
+        if header or self._header.size:
+            prelude = Prelude(self._header.size, len(header))
+        self.offer = Offer(self.fd, self._connecting, self.on_over, prelude)
+
+    def may_have(self, handoff: Handoff) -> bool:
+        """
+        Whether the backend may have *handoff*: the best that is asked for, or one below.
+        """
+        backend = self.backend
+        assert backend is not None  # noqa: S101 - it is connected
+        return _RANK[handoff.name] >= _RANK[backend.handoff]
+
+    def on_taken(self, handoff: Handoff, taken: Flow | Exception) -> None:
+        """
+        Hear what *handoff* has made of the offer, which stands until it is taken.
+
+        A backend that fails now is one that did not accept: see `_failed_to_connect`.
+        """
+        offer = self.offer
+        assert offer is not None  # noqa: S101 - there was one to take
+        if isinstance(taken, Refused):
+            self.refusals.append(f"{handoff.name}: {taken}")
+            if taken.prelude is not None:
+                self.offer = offer._replace(prelude=taken.prelude)
+            if taken.leave is not None:
+                self._leaves.append(taken.leave)
+            self._router.refused(handoff.name, str(taken))
+            return
+        self.offer = None
+        if isinstance(taken, Flow):
+            self._connecting = -1
+            self.flow = taken
+            self.result = "forwarded"
+            self._router.handed_over(self)
+        elif isinstance(taken, OSError):
+            self._failed_to_connect(taken.errno or errno.EIO)
+        else:
+            raise taken
 
     def _header_for(self, backend: Backend) -> bytes:
         local = self._header.destination
@@ -535,6 +546,7 @@ class Connection:
             self.flow.cut(reason)
             return
         self._end_wait()
+        self.offer = None
         if self._connecting >= 0:
             self._router.loop.close(self._connecting)
         self.result = self.result or reason

@@ -8,9 +8,9 @@ by raising `Refused`, and leaves both sockets as they were, or says what it has 
 
 import errno
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Final, NamedTuple
 
 from controller.core.session import (
     BACKEND,
@@ -74,29 +74,50 @@ class Refused(Exception):  # noqa: N818 - a refusal is no error: the next hand-o
         self.prelude = prelude
 
 
-class Handoff(Protocol):
+class Offer(NamedTuple):
+    """
+    Two connected sockets, the hello still unread in the client's, for a hand-off to take.
+
+    *over* hears of the end, when both sockets are given up and the counts still stand.
+    """
+
+    client: int
+    backend: int
+    over: "Callable[[Flow], None]"
+    prelude: Prelude = UNTOUCHED
+
+
+class Handoff:
     """
     One rung of the ladder.
     """
 
-    name: str
+    name: ClassVar[str]
 
-    def take(
-        self,
-        client: int,
-        backend: int,
-        over: "Callable[[Flow], None]",
-        prelude: Prelude = UNTOUCHED,
-    ) -> "Flow":
+    def take_all(self, offers: "Sequence[Offer]") -> "list[Flow | Refused | OSError]":
         """
-        Take two connected sockets, the hello still unread in the first, and move their bytes.
+        Take pairs of sockets and move their bytes.
 
-        *over* hears of the end, when both sockets are given up and the counts still stand.
+        Returns:
+            For each a flow; or that another hand-off is needed; or that the backend takes nothing,
+            and the client's socket is as it was.
+        """
+        taken: list[Flow | Refused | OSError] = []
+        for offer in offers:
+            try:
+                taken.append(self.take(offer))
+            except (Refused, OSError) as err:
+                taken.append(err)
+        return taken
+
+    def take(self, offer: Offer) -> "Flow":
+        """
+        Take one pair.
 
         Raises:
-            Refused: this connection needs another hand-off.
-            OSError: the backend takes nothing; the client's socket is as it was.
+            Refused, OSError: as `take_all` says.
         """
+        raise NotImplementedError
 
 
 def forgotten(_: "Flow") -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 from controller.router._native import ffi, lib
 from controller.router.address import read_listen
+from controller.router.batch import KEEPALIVE_IDLE
 from controller.router.connection import Connection
-from controller.router.dials import KEEPALIVE_IDLE
 
 if TYPE_CHECKING:
     from controller.router.router import Router
@@ -60,7 +60,7 @@ def accept(router: "Router", listener: int) -> int:
                 router.loop.guard(connection.expect_header)
             else:
                 router.loop.guard(connection.read, arrival.reading)
-        router.dials.flush()
+        router.batch.flush()
         if error[0]:
             return 0 if error[0] == errno.EAGAIN else int(error[0])
         room -= TOGETHER

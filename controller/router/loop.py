@@ -68,6 +68,7 @@ class Loop:
         self._soon: list[Callable[[], None]] = []
         self._closing: list[int] = []
         self._resetting: list[int] = []
+        self._vanishing: list[int] = []
         self._asked: deque[Callable[[], None]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.handlers: dict[int, Handler] = {}
@@ -103,6 +104,13 @@ class Loop:
         """
         self.handlers.pop(fd, None)
         (self._resetting if reset else self._closing).append(fd)
+
+    def vanish(self, fd: int) -> None:
+        """
+        Close *fd* at the end of this round, and send nothing.
+        """
+        self.handlers.pop(fd, None)
+        self._vanishing.append(fd)
 
     def later(self, seconds: float, action: Callable[[], None]) -> Timer:
         """
@@ -202,16 +210,18 @@ class Loop:
         return wait if patience is None else min(wait, patience)
 
     def _end_round(self) -> None:
-        for fd in self._closing:
-            try:
-                os.close(fd)
-            except OSError as err:
-                if err.errno == errno.EBADF:
-                    raise
-        self._closing.clear()
-        for fd in self._resetting:
-            lib.reset(fd)
-        self._resetting.clear()
+        for fds, how in (
+            (self._closing, lib.CLOSE),
+            (self._resetting, lib.CLOSE_RESET),
+            (self._vanishing, lib.CLOSE_SILENT),
+        ):
+            if fds:
+                # a descriptor that is none was closed twice: the number may be another's by now
+                if (error := -lib.close_all(fds, len(fds), how)) == errno.EBADF:
+                    raise OSError(error, os.strerror(error))
+                if error:
+                    log.error("sockets not silenced", error=os.strerror(error))
+                fds.clear()
         for action in self.round_ends:
             self.guard(action)
 

@@ -14,19 +14,19 @@ Rules of this file:
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import structlog
 
-from bpfprog import MAX_FLOWS, QUARANTINE, Declined, Event, Kind, Packet, State, silence
+from bpfprog import MAX_FLOWS, QUARANTINE, Event, Installed, Kind, Packet, State
 from bpfprog.packet import LIVE, OVER
 from controller.core.packets import Endpoint, packet_too_big, tcp_reset
 from controller.core.session import BACKEND, CLIENT, Side
 from controller.router._native import ffi, lib
-from controller.router.flow import UNTOUCHED, Flow, Prelude, Refused, forgotten
+from controller.router.flow import Flow, Handoff, Offer, Refused, forgotten
 from controller.router.loop import Loop
 from controller.router.note import write_note
 from controller.router.ports import Ports
@@ -42,6 +42,9 @@ CROWDED: Final = MAX_FLOWS // 4
 
 SETTLED: Final = 1.0
 """Seconds that it has to be at least: a thousand times what a processor is at work on a packet."""
+
+TOGETHER: Final = 64
+"""Flows that are freed at once then."""
 
 NOTE_AFTER: Final = 1.0
 """Seconds that a connection must have lasted to be worth a note."""
@@ -64,7 +67,7 @@ _NETLINK_NETFILTER: Final = 12
 log = structlog.get_logger()
 
 
-class PacketHandoff:
+class PacketHandoff(Handoff):
     """
     The rung.
     """
@@ -97,6 +100,7 @@ class PacketHandoff:
         self._waiting: deque[tuple[float, PacketFlow]] = deque()
         self._unnoted: deque[tuple[float, Connection]] = deque()
         self._over: deque[tuple[float, int, int]] = deque()
+        self._crowd = 0
         self._lost = packet.lost_events
         self._ticks = 0
         self._conntrack = _open_conntrack()
@@ -106,50 +110,34 @@ class PacketHandoff:
 
     # --- new flows ---
 
-    def take(
-        self,
-        client: int,
-        backend: int,
-        over: Callable[[Flow], None],
-        prelude: Prelude = UNTOUCHED,
-    ) -> Flow:
+    def take_all(self, offers: Sequence[Offer]) -> list[Flow | Refused | OSError]:
         """
-        Make one connection of the two.
-
-        Raises:
-            Refused: this pair is not eligible.
+        Make one connection of each two.
         """
         if not self.is_on:
-            raise Refused("off")
-        return self.install(client, backend, over, prelude)
+            return [Refused("off") for _ in offers]
+        return [*self.install(offers)]
 
     def install(
-        self,
-        client: int,
-        backend: int,
-        over: Callable[[Flow], None],
-        prelude: Prelude = UNTOUCHED,
-        *,
-        anywhere: bool = False,
-    ) -> "PacketFlow":
+        self, offers: Sequence[Offer], *, anywhere: bool = False
+    ) -> "list[PacketFlow | Refused]":
         """
-        Make one connection of two, as `take` does; *anywhere* is for a trial.
+        Make flows, as `take_all` does; *anywhere* is for a trial.
         """
-        self._serial += 1
-        try:
-            number, sent, is_open = self.packet.install(
-                client,
-                backend,
-                self._serial,
-                # what a sender's header says is nobody's address here
-                foreign=prelude.taken > 0,
-                anywhere=anywhere,
-            )
-        except Declined as refusal:
-            raise Refused(str(refusal)) from None
-        flow = PacketFlow(self, number, (client, backend), over)
+        first = self._serial + 1
+        self._serial += len(offers)
+        # what a sender's header says is nobody's address here
+        pairs = [(client, backend, prelude.taken > 0) for client, backend, _, prelude in offers]
+        installed = self.packet.install(pairs, first, anywhere=anywhere)
+        return [self._begin(offer, result) for offer, result in zip(offers, installed, strict=True)]
+
+    def _begin(self, offer: Offer, installed: Installed | str) -> "PacketFlow | Refused":
+        if isinstance(installed, str):
+            return Refused(installed)
+        number, sent, is_open = installed
+        flow = PacketFlow(self, number, (offer.client, offer.backend), offer.over)
         self._enter(flow)
-        self.loop.handlers.pop(backend, None)
+        self.loop.handlers.pop(offer.backend, None)
         if is_open:
             flow.acknowledged()
         elif sent:
@@ -336,8 +324,10 @@ class PacketHandoff:
         native.told = 1
         self.ports.give_back(flow.entry)
         self._over.append((self.loop.now, flow.number, native.serial))
-        if len(self._over) > CROWDED:
+        if len(self._over) > CROWDED + self._crowd:
             self._reap(SETTLED)
+            # many at once again
+            self._crowd = max(0, len(self._over) - CROWDED) + TOGETHER
 
     def _reap(self, age: float) -> None:
         """
@@ -501,10 +491,8 @@ class PacketFlow(Flow):
             return
         self.without_sockets = True
         self._handoff.without_sockets += 1
-        client, backend = self.fds
-        silence(client, backend)
-        self.loop.close(client)
-        self.loop.close(backend)
+        for fd in self.fds:
+            self.loop.vanish(fd)
         self._handoff.on_freed()
 
     def _ended(self, reason: str) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from controller.core.session import Side
 from controller.router._native import ffi, lib
-from controller.router.flow import UNTOUCHED, Flow, Prelude
+from controller.router.flow import Flow, Handoff, Offer, Prelude
 from controller.router.loop import Loop
 
 MOVES: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
@@ -22,7 +22,7 @@ TURN: Final = 4 * 1024 * 1024
 """Bytes that one direction may move before others have their turn."""
 
 
-class RelayHandoff:
+class RelayHandoff(Handoff):
     """
     The rung.
     """
@@ -32,16 +32,11 @@ class RelayHandoff:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
-    def take(
-        self,
-        client: int,
-        backend: int,
-        over: Callable[[Flow], None],
-        prelude: Prelude = UNTOUCHED,
-    ) -> Flow:
+    def take(self, offer: Offer) -> Flow:
         """
         Move the bytes of the two sockets.
         """
+        client, backend, over, prelude = offer
         flow = RelayFlow(self._loop, (client, backend), over, prelude)
         flow.start()
         return flow

@@ -25,9 +25,9 @@ from controller.log import connection as write_line
 from controller.router._native import ffi
 from controller.router.address import pack
 from controller.router.adopted import Adopted
+from controller.router.batch import Batch
 from controller.router.connection import PORT_TRIES, Connection
 from controller.router.devices import Devices
-from controller.router.dials import Dials
 from controller.router.flow import Flow, Handoff
 from controller.router.listen import QUEUE, TOGETHER, accept, deafen
 from controller.router.loop import Loop
@@ -111,7 +111,7 @@ class Router:
         self.arrivals: Any = ffi.new("struct arrival[]", TOGETHER)
         self.accept_error: Any = ffi.new("int *")
         self.reading: Any = ffi.new("struct reading *")
-        self.dials = Dials(loop, settings.receive_buffer)
+        self.batch = Batch(self)
         self.looked_at: Any = ffi.new("const unsigned char **")
         self.trusts = _membership(settings.proxy_protocol_from)
         self.draining = False
@@ -243,17 +243,6 @@ class Router:
         turn = self._turns.get(route.host, 0) % len(backends)
         self._turns[route.host] = turn + 1
         return [*backends[turn:], *backends[:turn]][::-1]
-
-    def rungs(self, connection: Connection) -> Sequence[Handoff]:
-        """
-        The hand-offs to try in turn: the ladder, from the best that the backend may have.
-        """
-        backend = connection.backend
-        assert backend is not None  # noqa: S101 - it is connected
-        best = HANDOFFS.index(backend.handoff)
-        if not best:
-            return self.ladder
-        return [rung for rung in self.ladder if HANDOFFS.index(rung.name) >= best]
 
     def likeness(self, connection: Connection, tried: int) -> tuple[int, int]:
         """

@@ -18,7 +18,7 @@ from typing import Final
 
 from bpfprog import sequence_numbers, silence
 from controller.core.packets import HOPS, TCP, checksum, ip_header
-from controller.router.flow import Flow, Handoff, Refused
+from controller.router.flow import Flow, Handoff, Offer, Refused
 from controller.router.loop import Loop
 from controller.router.packet import PacketHandoff
 
@@ -121,7 +121,7 @@ class _Trial:
     def _take(self) -> None:
         fds = self._client_side.fileno(), self._backend_side.fileno()
         try:
-            self._flow = self._handoff.take(*fds, self._on_over)
+            self._flow = self._handoff.take(Offer(*fds, self._on_over))
         except Refused as refusal:
             raise SelfTestFailed(f"refused: {refusal}") from None
         # the flow's now, to close
@@ -209,10 +209,10 @@ class _PacketTrial(_Trial):
         self._client.sendall(HELLO)
         self._wait(lambda: _peek(near) == HELLO, "hello")
         legs = [(end.getpeername(), end.getsockname()) for end in (near, far)]
-        try:
-            flow = handoff.install(near.fileno(), far.fileno(), self._on_over, anywhere=True)
-        except Refused as refusal:
-            raise SelfTestFailed(f"refused: {refusal}") from None
+        offer = Offer(near.fileno(), far.fileno(), self._on_over)
+        (flow,) = handoff.install([offer], anywhere=True)
+        if isinstance(flow, Refused):
+            raise SelfTestFailed(f"refused: {flow}")
         self._flow = flow
         self._wait(lambda: _peek(self._backend) == HELLO, "the hello did not arrive")
         numbers = []

@@ -23,8 +23,9 @@ from controller.router.flow import (
     ENDED,
     FIRST_RETRY,
     LAST_RETRY,
-    UNTOUCHED,
     Flow,
+    Handoff,
+    Offer,
     Prelude,
     Refused,
 )
@@ -36,7 +37,7 @@ TURN: Final = 4 * 1024 * 1024
 """Bytes that one slow direction may move before others have their turn."""
 
 
-class SockmapHandoff:
+class SockmapHandoff(Handoff):
     """
     The rung: a loaded program, and the numbers of the connections in it.
     """
@@ -59,13 +60,7 @@ class SockmapHandoff:
         loop.round_ends.append(self._leave)
         loop.watch(splice.events_fd, select.EPOLLIN, self._on_events)
 
-    def take(
-        self,
-        client: int,
-        backend: int,
-        over: Callable[[Flow], None],
-        prelude: Prelude = UNTOUCHED,
-    ) -> Flow:
+    def take(self, offer: Offer) -> Flow:
         """
         Send the hello on and join the two sockets.
 
@@ -73,6 +68,7 @@ class SockmapHandoff:
             Refused: the kernel does not take one of them, or every number is in use.
             OSError: the backend takes nothing; the client's socket is as it was.
         """
+        client, backend, over, prelude = offer
         if not self._free:
             raise Refused("full")
         sent = lib.send_on(client, backend)

@@ -36,7 +36,7 @@ from harness.tools import CAPABILITIES, find_program, limited, wait_for
 
 from bpfprog import MAX_CONNECTIONS, Splice
 from controller.core.session import Side
-from controller.router.flow import UNTOUCHED, Flow, Handoff, Prelude, Refused
+from controller.router.flow import UNTOUCHED, Flow, Handoff, Offer, Prelude, Refused
 from controller.router.loop import Loop
 from controller.router.relay import RelayHandoff
 from controller.router.sockmap import SockmapHandoff
@@ -244,7 +244,7 @@ def test_an_mptcp_socket_is_relayed(which: Side) -> None:
         for handoff in ladder:
             try:
                 flow = handoff.take(
-                    client_side.fileno(), backend_side.fileno(), over.append, prelude
+                    Offer(client_side.fileno(), backend_side.fileno(), over.append, prelude)
                 )
                 break
             except Refused as refusal:
@@ -292,7 +292,7 @@ def test_the_rest_of_a_segment_is_moved_once() -> None:
         client.sendall(HELLO)
         backend_side.sendall(client_side.recv(40))
         flow = sockmap.take(
-            client_side.fileno(), backend_side.fileno(), over.append, Prelude(40, 40, 40)
+            Offer(client_side.fileno(), backend_side.fileno(), over.append, Prelude(40, 40, 40))
         )
         client_side.detach()
         backend_side.detach()

@@ -83,7 +83,10 @@ int socket_error(int fd);
 void watch(int epoll, int fd, uint32_t events);
 void watch_pair(int epoll, int client, int backend, uint32_t events);
 void half_close(int fd);
-void reset(int fd);
+
+enum close { CLOSE, CLOSE_RESET, CLOSE_SILENT };
+
+int close_all(const int *fds, int count, enum close how);
 
 int confine(void);
 void conntrack_forget(int netlink, const void *flow);

@@ -346,11 +346,25 @@ void half_close(int fd)
 	shutdown(fd, SHUT_WR);
 }
 
-/* close with a RST: the other side must see that bytes are missing */
-void reset(int fd)
+/* Close sockets; with a RST, so that the other side sees that bytes are missing, or without a word
+ * (tcp_close).
+ *
+ * Returns 0, -EBADF if one was none, or why one was not silenced, -errno.
+ */
+int close_all(const int *fds, int count, enum close how)
 {
 	const struct linger now = { .l_onoff = 1, .l_linger = 0 };
+	const int repair = TCP_REPAIR_ON;
+	int err = 0;
 
-	setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
-	close(fd);
+	for (int i = 0; i < count; i++) {
+		if (how == CLOSE_RESET)
+			setsockopt(fds[i], SOL_SOCKET, SO_LINGER, &now, sizeof(now));
+		else if (how == CLOSE_SILENT &&
+			 setsockopt(fds[i], IPPROTO_TCP, TCP_REPAIR, &repair, sizeof(repair)))
+			err = -errno;
+		if (close(fds[i]) && errno == EBADF)
+			return -EBADF;
+	}
+	return err;
 }
