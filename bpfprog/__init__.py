@@ -16,7 +16,7 @@ from bpfprog.packet import (
     sequence_numbers,
     silence,
 )
-from bpfprog.splice import CAPABILITIES, MAX_CONNECTIONS, STAND_IN, KernelError, Splice
+from bpfprog.splice import CAPABILITIES, MAX_CONNECTIONS, STAND_IN, Joined, KernelError, Splice
 
 __all__ = [
     "CAPABILITIES",
@@ -29,6 +29,7 @@ __all__ = [
     "STAND_IN",
     "Event",
     "Installed",
+    "Joined",
     "KernelError",
     "Kind",
     "Packet",

@@ -13,10 +13,11 @@ Rules of this file:
 
 import errno
 import os
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from bpfprog._ffi import ffi, lib
 
@@ -32,6 +33,25 @@ STAND_IN: Final = "SYS_ADMIN"
 """What stands for BPF and PERFMON where an engine is older than those two (bpf_capable)."""
 
 MAX_CONNECTIONS: Final[int] = lib.MAX_CONNECTIONS
+
+
+# `struct join`: what goes in, and what comes out
+_JOIN: Final = struct.Struct("=iiI")
+_JOINED: Final = struct.Struct("=12xiQQ")
+_JOIN_SIZE: Final = ffi.sizeof("struct join")
+
+
+class Joined(NamedTuple):
+    """
+    What has become of two sockets, and the cookies to leave with.
+
+    *result* is 0; or -errno, when the kernel refused the client (MPTCP, or half-closed: EOPNOTSUPP)
+    and neither socket has changed; or 1, when it refused the backend and the client was in already:
+    that stays in the map and passes all it receives to user space, which must relay.
+    """
+
+    result: int
+    cookies: tuple[int, int]
 
 
 class KernelError(OSError):
@@ -79,7 +99,7 @@ class Splice:
             "struct splice *",
             {"sockets": sockets, "directions": directions, "counts": counts, "consumed": consumed},
         )
-        self._cookies = ffi.new("uint64_t[2]")
+        self._joins = ffi.new("struct join[]", 64)
         self._ring = lib.splice_ring(events)
         if self._ring == ffi.NULL:
             raise error(ffi.errno, "open the event ring")
@@ -156,25 +176,23 @@ class Splice:
         """
         return int(self._faults.lost_events)
 
-    def join(
-        self, client: int, backend: int, connection: int, limit: int
-    ) -> tuple[bool, tuple[int, int]]:
+    def join(self, pairs: Sequence[tuple[int, int, int]], limit: int) -> list[Joined]:
         """
-        Join two sockets; what is queued in them moves at the next segment, or a kick.
+        Join pairs of sockets; what is queued in them moves at the next segment, or a kick.
 
-        Returns:
-            Whether they are joined, and the cookies to leave with, either way.  Not joined means
-            that the kernel refused the backend when the client was in already: the client stays in
-            the map and passes all it receives to user space, which must relay.
-
-        Raises:
-            OSError: the kernel refused the client (MPTCP, or half-closed: EOPNOTSUPP); neither
-                socket has changed.
+        A pair is the client's socket, the backend's, and the connection's number.
         """
-        answer = lib.splice_join(self._splice, client, backend, connection, limit, self._cookies)
-        if answer < 0:
-            raise OSError(-answer, os.strerror(-answer))
-        return answer == 0, (self._cookies[0], self._cookies[1])
+        count = len(pairs)
+        if count > len(self._joins):
+            self._joins = ffi.new("struct join[]", count)
+        buffer = ffi.buffer(self._joins, count * _JOIN_SIZE)
+        for at, pair in enumerate(pairs):
+            _JOIN.pack_into(buffer, at * _JOIN_SIZE, *pair)
+        lib.splice_join_all(self._splice, self._joins, count, limit)
+        return [
+            Joined(result, (client, backend))
+            for result, client, backend in _JOINED.iter_unpack(buffer)
+        ]
 
     def leave(self, cookies: Iterable[int]) -> None:
         """

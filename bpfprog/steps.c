@@ -96,6 +96,14 @@ static struct ring_buffer *splice_ring(int map_fd)
 
 /* --- join and leave --- */
 
+/* two sockets, and what has become of them */
+struct join {
+	int client, backend;
+	uint32_t connection;
+	int result;
+	uint64_t cookies[2];
+};
+
 static int splice_leave(struct splice *splice, const uint64_t *cookies, uint32_t n);
 
 /* Enter both sockets, the client first: it is the one that the kernel may refuse.
@@ -103,16 +111,16 @@ static int splice_leave(struct splice *splice, const uint64_t *cookies, uint32_t
  * Returns 0; -errno when neither socket is joined; 1 when the backend alone was
  * refused: the client is in the map, and all it sends is passed to user space.
  */
-static int splice_join(struct splice *splice, int client, int backend, uint32_t connection,
-		       uint32_t limit, uint64_t cookies[2])
+static int join(struct splice *splice, struct join *join, uint32_t limit)
 {
-	int fds[2] = { client, backend };
+	int fds[2] = { join->client, join->backend };
+	uint64_t *cookies = join->cookies;
 	struct direction dirs[2];
 	uint32_t i, n = 2;
 
 	for (i = 0; i < 2; i++) {
 		socklen_t size = sizeof(cookies[i]);
-		uint32_t slot = 2 * connection + i;
+		uint32_t slot = 2 * join->connection + i;
 
 		if (getsockopt(fds[i], SOL_SOCKET, SO_COOKIE, &cookies[i], &size))
 			return -errno;
@@ -145,6 +153,13 @@ static int splice_join(struct splice *splice, int client, int backend, uint32_t 
 		}
 	}
 	return 0;
+}
+
+/* Join *count* pairs, one after the other. */
+static void splice_join_all(struct splice *splice, struct join *joins, int count, uint32_t limit)
+{
+	for (int i = 0; i < count; i++)
+		joins[i].result = join(splice, &joins[i], limit);
 }
 
 /* Forget directions, by the cookies of their sources.  Their sockets must be closed: only

@@ -17,6 +17,12 @@ struct ring_buffer *splice_ring(int map_fd);
 static uint32_t splice_events[1024];
 static uint32_t splice_n_events;
 
-int splice_join(struct splice *splice, int client, int backend, uint32_t connection, uint32_t limit,
-		uint64_t cookies[2]);
+struct join {
+	int client, backend;
+	uint32_t connection;
+	int result;
+	uint64_t cookies[2];
+};
+
+void splice_join_all(struct splice *splice, struct join *joins, int count, uint32_t limit);
 int splice_leave(struct splice *splice, const uint64_t *cookies, uint32_t n);

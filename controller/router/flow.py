@@ -169,14 +169,16 @@ class Flow:
         else:
             self.on(side, events)
 
-    def watch(self, events: int) -> None:
+    @staticmethod
+    def watch(loop: Loop, flows: "Sequence[Flow]", events: int) -> None:
         """
-        Hear of *events* of both sockets; of what holds already too, and of what is queued.
+        Have *flows* hear of *events* of their sockets; of what holds already, and is queued, too.
         """
-        client, backend = self.fds
-        self.loop.handlers[client] = self.on_client
-        self.loop.handlers[backend] = self.on_backend
-        lib.watch_pair(self.loop.epoll_fd, client, backend, events)
+        for flow in flows:
+            client, backend = flow.fds
+            loop.handlers[client] = flow.on_client
+            loop.handlers[backend] = flow.on_backend
+        lib.watch_pairs(loop.epoll_fd, [fd for f in flows for fd in f.fds], len(flows), events)
 
     def on(self, side: Side, events: int) -> None:
         """

@@ -62,7 +62,7 @@ class RelayFlow(Flow):
         """
         Listen to both sockets; what they have queued is an event already.
         """
-        self.watch(MOVES)
+        self.watch(self.loop, [self], MOVES)
 
     def on(self, side: Side, events: int) -> None:
         """

@@ -12,11 +12,11 @@ behind what the kernel still holds, until it has caught up and BPF redirects aga
 import errno
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-from bpfprog import MAX_CONNECTIONS, Splice
+from bpfprog import MAX_CONNECTIONS, Joined, Splice
 from controller.core.session import BACKEND, CLIENT, Side
 from controller.router._native import ffi, lib
 from controller.router.flow import (
@@ -60,34 +60,63 @@ class SockmapHandoff(Handoff):
         loop.round_ends.append(self._leave)
         loop.watch(splice.events_fd, select.EPOLLIN, self._on_events)
 
+    def take_all(self, offers: Sequence[Offer]) -> list[Flow | Refused | OSError]:
+        """
+        Send the hellos on and join the sockets.
+        """
+        room = min(len(offers), len(self._free))
+        sent = self._send_on(offers[:room])
+        numbers = iter([self._free.pop() for size in sent if size >= 0])
+        pairs = [
+            (offer.client, offer.backend, next(numbers))
+            for offer, size in zip(offers, sent, strict=False)
+            if size >= 0
+        ]
+        joins = zip(pairs, self.splice.join(pairs, self._limit), strict=True)
+        taken: list[Flow | Refused | OSError] = [
+            OSError(-size, os.strerror(-size))
+            if size < 0
+            else self._begin(offer, size, *next(joins))
+            for offer, size in zip(offers, sent, strict=False)
+        ]
+        SockmapFlow.watch(self.loop, [flow for flow in taken if isinstance(flow, Flow)], ENDED)
+        return taken + [Refused("full") for _ in offers[room:]]
+
     def take(self, offer: Offer) -> Flow:
         """
-        Send the hello on and join the two sockets.
-
-        Raises:
-            Refused: the kernel does not take one of them, or every number is in use.
-            OSError: the backend takes nothing; the client's socket is as it was.
+        Take one pair, as `take_all` does.
         """
-        client, backend, over, prelude = offer
-        if not self._free:
-            raise Refused("full")
-        sent = lib.send_on(client, backend)
-        if sent < 0:
-            raise OSError(-sent, os.strerror(-sent))
-        number = self._free.pop()
-        try:
-            joined, cookies = self.splice.join(client, backend, number, self._limit)
-        except OSError as err:
+        (taken,) = self.take_all([offer])
+        if isinstance(taken, Flow):
+            return taken
+        raise taken
+
+    @staticmethod
+    def _send_on(offers: Sequence[Offer]) -> list[int]:
+        """
+        Send the hellos on; how much of each went, or -errno.
+        """
+        sent = ffi.new("int[]", len(offers))
+        pairs = [fd for client, backend, *_ in offers for fd in (client, backend)]
+        lib.send_on_all(pairs, len(offers), sent)
+        return ffi.unpack(sent, len(offers)) if offers else []
+
+    def _begin(
+        self, offer: Offer, sent: int, pair: tuple[int, int, int], joined: Joined
+    ) -> "SockmapFlow | Refused":
+        client, backend, number = pair
+        result, cookies = joined
+        if result < 0:
             self._free.append(number)
-            reason = errno.errorcode.get(err.errno or 0, "unknown").lower()
-            raise Refused(reason, prelude=_after(prelude, sent)) from None
-        if not joined:
+            reason = errno.errorcode.get(-result, "unknown").lower()
+            return Refused(reason, prelude=_after(offer.prelude, sent))
+        if result:
             # a verdict of the client's may run now, so its number is not free before it is closed
             leave = partial(self._left.append, (number, cookies))
-            raise Refused("backend_ended", leave, _after(prelude, sent))
-        flow = SockmapFlow(self, (client, backend), over, (number, cookies), (prelude, sent))
+            return Refused("backend_ended", leave, _after(offer.prelude, sent))
+        passed = offer.prelude, sent
+        flow = SockmapFlow(self, (client, backend), offer.over, (number, cookies), passed)
         self._flows[number] = flow
-        flow.start()
         return flow
 
     def _on_events(self, _: int) -> None:
@@ -166,12 +195,6 @@ class SockmapFlow(Flow):
         # what came and went before; the backend was dialled: its first number went to the SYN
         self._before = ((prelude.taken + sent, _SYN + prelude.given + sent), (0, 0))
         self._lags: dict[Side, _Lag] = {}
-
-    def start(self) -> None:
-        """
-        Listen for the ends, and have the kernel look at what is queued.
-        """
-        self.watch(ENDED)
 
     def on(self, side: Side, events: int) -> None:
         """

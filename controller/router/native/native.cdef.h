@@ -81,7 +81,7 @@ void dial_all(const struct dialler *dialler, struct dial *dials, int count);
 int socket_options(int fd, int receive_buffer, int keepalive_idle);
 int socket_error(int fd);
 void watch(int epoll, int fd, uint32_t events);
-void watch_pair(int epoll, int client, int backend, uint32_t events);
+void watch_pairs(int epoll, const int *pairs, int count, uint32_t events);
 void half_close(int fd);
 
 enum close { CLOSE, CLOSE_RESET, CLOSE_SILENT };
@@ -106,7 +106,7 @@ struct pipe *pipe_new(void);
 void pipe_free(struct pipe *pipe);
 enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_t *moved);
 
-int send_on(int from, int to);
+void send_on_all(const int *pairs, int count, int *sent);
 
 /* the counts of all joined directions: what BPF writes, and what we write */
 struct joined {

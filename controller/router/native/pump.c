@@ -116,7 +116,7 @@ enum move relay_pump(struct pipe *pipe, int from, int to, size_t budget, uint64_
  *
  * Returns how much went, or -errno when *to* takes nothing, ever.
  */
-int send_on(int from, int to)
+static int send_on(int from, int to)
 {
 	ssize_t size = recv(from, chunk, BY_HAND + 1, MSG_PEEK), sent;
 
@@ -127,6 +127,13 @@ int send_on(int from, int to)
 		return errno == EAGAIN ? 0 : -errno;
 	drop_bytes(from, sent);
 	return sent;
+}
+
+/* The same for *count* pairs of sockets, from the first of each to the second. */
+void send_on_all(const int *pairs, int count, int *sent)
+{
+	for (int i = 0; i < count; i++)
+		sent[i] = send_on(pairs[2 * i], pairs[2 * i + 1]);
 }
 
 /* --- a joined direction --- */

@@ -322,21 +322,19 @@ void watch(int epoll, int fd, uint32_t events)
 		epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
 }
 
-/* The same for both sockets of a connection, which are registered only if the hello or the
- * backend made us wait; then have the kernel announce what is queued in them.
+/* The same for *count* pairs of sockets, which are registered only if the hello or the backend made
+ * us wait; then have the kernel announce what is queued in them.
  */
-void watch_pair(int epoll, int client, int backend, uint32_t events)
+void watch_pairs(int epoll, const int *pairs, int count, uint32_t events)
 {
-	int fds[2] = { client, backend };
+	for (int i = 0; i < 2 * count; i++) {
+		struct epoll_event event = { .events = events, .data.fd = pairs[i] };
 
-	for (int i = 0; i < 2; i++) {
-		struct epoll_event event = { .events = events, .data.fd = fds[i] };
-
-		if (epoll_ctl(epoll, EPOLL_CTL_ADD, fds[i], &event))
-			epoll_ctl(epoll, EPOLL_CTL_MOD, fds[i], &event);
+		if (epoll_ctl(epoll, EPOLL_CTL_ADD, pairs[i], &event))
+			epoll_ctl(epoll, EPOLL_CTL_MOD, pairs[i], &event);
 	}
-	kick(client);
-	kick(backend);
+	for (int i = 0; i < 2 * count; i++)
+		kick(pairs[i]);
 }
 
 /* --- the end --- */
