@@ -74,19 +74,23 @@ class Batch:
             self._hand_over_all(_take_from(self._connected))
 
     def _dial_all(self, connections: "list[Connection]") -> None:
-        for at, connection in enumerate(connections):
-            connection.write_dial(self._buffer, at * _SIZE)
-        lib.dial_all(self._dialler, self._dials, len(connections))
-        outcomes = [(dial.fd, dial.connected) for dial in self._dials[0 : len(connections)]]
-        for connection, (fd, connected) in zip(connections, outcomes, strict=True):
-            self._loop.guard(connection.on_dialled, fd, connected)
+        guard = self._loop.guard
+        dialling: list[Connection] = []
+        for connection in connections:
+            if guard(connection.write_dial, self._buffer, len(dialling) * _SIZE):
+                dialling.append(connection)
+        lib.dial_all(self._dialler, self._dials, len(dialling))
+        outcomes = [(dial.fd, dial.connected) for dial in self._dials[0 : len(dialling)]]
+        for connection, (fd, connected) in zip(dialling, outcomes, strict=True):
+            guard(connection.on_dialled, fd, connected)
 
     def _hand_over_all(self, connections: "list[Connection]") -> None:
         """
         Offer each to one rung of the ladder after the other, of which the last refuses nothing.
         """
+        guard = self._loop.guard
         for connection in connections:
-            self._loop.guard(connection.make_offer)
+            guard(connection.make_offer)
         for handoff in self._router.ladder:
             offers = [
                 (connection, connection.offer)
@@ -101,7 +105,7 @@ class Batch:
             except Exception as err:  # noqa: BLE001 - as in the loop: each is told, and cut
                 taken = [err] * len(offers)
             for (connection, _), one in zip(offers, taken, strict=True):
-                self._loop.guard(connection.on_taken, handoff, one)
+                guard(connection.on_taken, handoff, one)
 
 
 def _take_from(step: "list[Connection]") -> "list[Connection]":

@@ -99,7 +99,7 @@ PORT_TRIES: Final = 16
 
 _RANK: Final = {name: rank for rank, name in enumerate(HANDOFFS)}
 
-_DIAL: Final = struct.Struct("=28s28siii")
+DIAL: Final = struct.Struct("=28s28siii")
 """What a `struct dial` begins with."""
 
 
@@ -369,7 +369,7 @@ class Connection:
         address = backend_address(self.address, backend.port)
         source = socket_address(*self.client) if self.choice.transparent else b""
         like, port = self._router.likeness(self, self._ports_tried)
-        _DIAL.pack_into(dials, at, address, source, len(address), like, port)
+        DIAL.pack_into(dials, at, address, source, len(address), like, port)
 
     def on_dialled(self, fd: int, connected: int) -> None:
         """

@@ -178,14 +178,19 @@ class Loop:
                 self.guard(due)
         self._end_round()
 
-    def guard(self, action: Callable[..., None], *args: Any) -> None:
+    def guard(self, action: Callable[..., None], *args: Any) -> bool:
         """
         Call *action*, one of many: a fault costs the connection that it is a method of.
+
+        Returns:
+            Whether there was none.
         """
         try:
             action(*args)
         except Exception as err:  # noqa: BLE001 - as above
             self.fault(action, err)
+            return False
+        return True
 
     def fault(self, action: Callable[..., None], error: Exception) -> None:
         """

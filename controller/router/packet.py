@@ -43,7 +43,7 @@ CROWDED: Final = MAX_FLOWS // 4
 SETTLED: Final = 1.0
 """Seconds that it has to be at least: a thousand times what a processor is at work on a packet."""
 
-TOGETHER: Final = 64
+REAPED_TOGETHER: Final = 64
 """Flows that are freed at once then."""
 
 NOTE_AFTER: Final = 1.0
@@ -100,7 +100,7 @@ class PacketHandoff(Handoff):
         self._waiting: deque[tuple[float, PacketFlow]] = deque()
         self._unnoted: deque[tuple[float, Connection]] = deque()
         self._over: deque[tuple[float, int, int]] = deque()
-        self._crowd = 0
+        self._crowd = CROWDED
         self._lost = packet.lost_events
         self._ticks = 0
         self._conntrack = _open_conntrack()
@@ -324,10 +324,9 @@ class PacketHandoff(Handoff):
         native.told = 1
         self.ports.give_back(flow.entry)
         self._over.append((self.loop.now, flow.number, native.serial))
-        if len(self._over) > CROWDED + self._crowd:
+        if len(self._over) > self._crowd:
             self._reap(SETTLED)
-            # many at once again
-            self._crowd = max(0, len(self._over) - CROWDED) + TOGETHER
+            self._crowd = max(CROWDED, len(self._over)) + REAPED_TOGETHER
 
     def _reap(self, age: float) -> None:
         """
