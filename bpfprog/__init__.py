@@ -15,6 +15,7 @@ from bpfprog.packet import (
     State,
     sequence_numbers,
     silence,
+    take_down,
 )
 from bpfprog.splice import CAPABILITIES, MAX_CONNECTIONS, STAND_IN, Joined, KernelError, Splice
 
@@ -37,4 +38,5 @@ __all__ = [
     "State",
     "sequence_numbers",
     "silence",
+    "take_down",
 ]

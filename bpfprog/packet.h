@@ -42,7 +42,13 @@ enum { SEVERAL = 0xffffffff };
 
 enum { CLIENT_END, BACKEND_END };
 
-/* A state is left by compare-and-swap, so whoever leaves it does what comes with that, once. */
+/* A state is left by compare-and-swap, so whoever leaves it does what comes with that, once.
+ *
+ * A router of another version counts the flows under way, to take down what is pinned after the
+ * last: under every PACKET_ABI the map is `flows`, an array that can be mapped into memory, the
+ * state is the first word of its values, and FLOW_HELLO and FLOW_OPEN, and no others, are those of
+ * flows under way, with these numbers.
+ */
 enum flow_state {
 	FLOW_FREE,
 	FLOW_CLAIMED, /* somebody's, not in `ends` yet */

@@ -8,7 +8,8 @@ Rules of this file:
 
 1. What is pinned outlives the process: maps, and the programs' links to devices.  A loader finds
    what an earlier one left and takes it over; programs are replaced in place.
-2. Who uses what is pinned has a lock on its folder; it is taken down by one who is alone with it.
+2. Who uses what is pinned has a lock on its folder; it is taken down by one who is alone with it,
+   also where a loader of another version has left it.
 3. A flow's number may be another's only `QUARANTINE` seconds after its end.
 """
 
@@ -149,7 +150,7 @@ class Packet:
         self._links: dict[tuple[int, str], int] = {}
         self._has_tcx = has_tcx
         # of the filters of all routers, as long as a qdisc is common to them
-        self._handle = zlib.crc32(os.fsencode(directory.name)) or 1
+        self._handle = _handle(directory)
         self._classic: set[int] = set()
         self._found: set[int] = set()
         self._maps: list[Any] = []
@@ -348,9 +349,7 @@ class Packet:
         """
         if self._lock < 0:
             return False
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock_alone(self._lock):
             # the kernel has given up the lock that was to become that one
             fcntl.flock(self._lock, fcntl.LOCK_SH)
             return False
@@ -530,6 +529,54 @@ class Packet:
         return not lib.packet_emit(self._packet, ffi.from_buffer(frame), len(frame), device)
 
 
+def take_down(directory: Path) -> int | None:
+    """
+    Leave nothing of what a loader of any version has pinned in *directory*, or all.
+
+    All it is if flows are under way, or somebody uses it.
+
+    Returns:
+        How many are; None where somebody uses what is pinned.
+
+    Raises:
+        OSError: it is not as a loader leaves it, or the kernel refuses a step; the message says
+            what.
+    """
+    lib.splice_log_start()
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not _lock_alone(fd) or not _is_at(fd, directory):
+            return None
+        flows, links = directory / "flows", ("ingress-", "egress-")
+        # the map of flows last: what is left without it would be understood by nobody
+        pins = sorted(directory.iterdir(), key=lambda p: (p == flows, not p.name.startswith(links)))
+        # without any, a loader has failed here
+        if pins and (found := check(lib.packet_under_way(os.fsencode(flows)), "count the flows")):
+            return found
+        _remove_filters(_handle(directory))
+        for pin in pins:
+            pin.unlink()
+        directory.rmdir()
+        return 0
+    finally:
+        os.close(fd)
+
+
+def _remove_filters(handle: int) -> None:
+    for device, name in socket.if_nameindex():
+        for egress in (False, True):
+            if not lib.packet_clsact(lib.CLSACT_FIND, device, egress, handle, -1):
+                answer = lib.packet_clsact(lib.CLSACT_DETACH, device, egress, handle, -1)
+                check(answer, f"take a filter off {name}")
+
+
+def _handle(directory: Path) -> int:
+    """
+    Make the handle of the filters of those whose pins are in *directory*.
+    """
+    return zlib.crc32(os.fsencode(directory.name)) or 1
+
+
 def _enter(directory: Path) -> int:
     """
     Make *directory*, if need be, and lock it as one of those that use it; a descriptor.
@@ -548,6 +595,14 @@ def _enter(directory: Path) -> int:
         if _is_at(fd, directory):
             return fd
         os.close(fd)
+
+
+def _lock_alone(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_at(fd: int, directory: Path) -> bool:

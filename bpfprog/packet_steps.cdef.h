@@ -26,6 +26,7 @@ int bpf_obj_get(const char *path);
 enum clsact { CLSACT_ATTACH, CLSACT_DETACH, CLSACT_FIND };
 int packet_clsact(enum clsact what, int ifindex, bool egress, uint32_t handle, int prog_fd);
 int packet_link_device(int link_fd);
+int packet_under_way(const char *pin);
 
 struct ring_buffer *packet_ring(struct packet *packet);
 static struct flow_event packet_events[1024];

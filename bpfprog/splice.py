@@ -213,15 +213,16 @@ class Splice:
         )
 
 
-def check(answer: int, what: str) -> None:
+def check(answer: int, what: str) -> int:
     """
-    Take *answer* of libbpf.
+    Take *answer* of libbpf, and return it.
 
     Raises:
         KernelError: it says that *what* is not possible.
     """
     if answer < 0:
         raise error(-answer if answer != -1 else ffi.errno, what)
+    return answer
 
 
 def error(number: int, what: str) -> KernelError:

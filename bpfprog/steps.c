@@ -23,8 +23,9 @@ struct splice {
 
 /* --- what libbpf and the verifier say while loading: the last 64 KiB --- */
 
-static char log_text[65536];
-static size_t log_used;
+/* each thread's own: two may be told something at once */
+static _Thread_local char log_text[65536];
+static _Thread_local size_t log_used;
 
 static int log_print(enum libbpf_print_level level, const char *format, va_list args)
 {

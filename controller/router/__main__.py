@@ -30,6 +30,7 @@ from controller.router._native import lib
 from controller.router.control import Control, listen
 from controller.router.devices import Devices
 from controller.router.flow import Handoff
+from controller.router.leftovers import Leftovers
 from controller.router.listen import bind_listener
 from controller.router.listen import name as socket_name
 from controller.router.loop import Loop
@@ -247,6 +248,9 @@ def _make(
     router.owner = owner
     splice, refusal = _load(settings.handoff, capabilities)
     packet, no_packet = _load_packet(settings, owner, worker)
+    if not worker:
+        # the first time with all capabilities: to take filters off needs NET_ADMIN
+        Leftovers(loop, settings).look()
     # loaded and bound: joining sockets needs no privilege, only a client's address does
     off = settings.client_ip == ClientIp.OFF
     privilege.drop_to(() if off and packet is None else ("NET_ADMIN",))

@@ -449,7 +449,8 @@ def leftovers(host: Host) -> Finding:
         check,
         State.DEGRADED if stale else State.FINE,
         "\n".join(["not this router's:", *(f"{item.path}, of {_owner(item)}" for item in left)]),
-        "where no router runs that it is of: rm -r that folder, which resets its connections"
+        "what another version has left in its place a router takes down after its last connection;"
+        " where no router runs that it is of: rm -r that folder, which resets its connections"
         + ("" if _version() >= TCX else "; tc qdisc del dev DEVICE clsact, for each device"),
     )
 

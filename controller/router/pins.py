@@ -71,6 +71,18 @@ def others(settings: RouterSettings) -> list[Left]:
     return [Left(path, name[0], cookie in name[1:2]) for path, name in names]
 
 
+def of_other_versions(settings: RouterSettings) -> list[Path]:
+    """
+    Find the folders of routers of other versions that had, or have, this one's place.
+
+    Raises:
+        OSError: nobody may look there, or as for `own`.
+    """
+    place = own(settings).name.partition("-")[2]
+    paths = (left.path for left in others(settings))
+    return [path for path in paths if path.name.partition("-")[2] == place]
+
+
 def is_bpffs(path: Path) -> bool:
     """
     Whether *path* lies in a bpf filesystem.
