@@ -168,6 +168,10 @@ class Packet:
             if not joins:
                 self._found = {n for n, _ in socket.if_nameindex() if self._has_filter(n)}
         except BaseException:
+            # a folder that holds nothing is of no use to anyone
+            if self.is_alone():
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
             self.close()
             raise
 

@@ -2,16 +2,20 @@
 Flows and pins that a router of another version has left, in the place of one of this version.
 """
 
+import fcntl
 import json
+import os
 import socket
 from pathlib import Path
 
+import pytest
 from harness.ends import PIECE
 from harness.packet_lab import ACTIVE, HANDOFF, House, PacketLab, exchange, write_routes
 from harness.product import Sniroute
 from harness.tools import run, wait_for
 
-from bpfprog import PACKET_ABI, Packet
+from bpfprog import PACKET_ABI, KernelError, Packet
+from bpfprog.packet import OBJECT
 from controller.router.leftovers import LOOK
 
 DEVICES = ("br1", "out0")
@@ -125,3 +129,51 @@ def test_filters_of_another_version_are_taken_off(lab: PacketLab) -> None:
     assert 2 * len(DEVICES) == standing
     assert 0 == filters(lab)
     assert [] == list((lab.bpffs / "sniroute").iterdir())
+
+
+# --- a loader that fails ---
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """
+    Make an object that can not be loaded.
+    """
+    path = tmp_path / "packet.bpf.o"
+    path.write_bytes(OBJECT.read_bytes().replace(b"\0license\0", b"\0silence\0"))
+    return path
+
+
+def test_a_loader_that_fails_leaves_no_folder(broken: Path, lab: PacketLab) -> None:
+    """
+    What it has made is gone; where another's pins are, they stay.
+    """
+    pins = lab.bpffs / "sniroute" / "one"
+
+    with pytest.raises(KernelError, match="load the packet programs"):
+        Packet(pins, 0, broken)
+    assert not pins.exists()
+
+    Packet(pins, 0).close()
+    before = sorted(pins.iterdir())
+
+    with pytest.raises(KernelError, match="load the packet programs"):
+        Packet(pins, 0, broken)
+    assert before == sorted(pins.iterdir())
+
+
+def test_a_loader_that_fails_leaves_a_folder_that_is_in_use(broken: Path, lab: PacketLab) -> None:
+    """
+    One that has been locked, and is still empty, is about to be used.
+    """
+    pins = lab.bpffs / "sniroute" / "one"
+    pins.mkdir(parents=True)
+    fd = os.open(pins, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        with pytest.raises(KernelError, match="load the packet programs"):
+            Packet(pins, 0, broken)
+    finally:
+        os.close(fd)
+
+    assert pins.is_dir()
