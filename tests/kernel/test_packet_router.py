@@ -43,7 +43,7 @@ from harness.packet_lab import (
 from harness.tools import HarnessError, run, wait_for
 from harness.transfer_promises import BLOCK
 
-from bpfprog.packet import MAX_NOTE
+from bpfprog import MAX_NOTE, MAX_OWNERS, Packet, State
 
 AT_ONCE = 2.0
 """Seconds in which both ends hear of an end that neither has made."""
@@ -232,6 +232,76 @@ def test_flows_are_seen_off_without_the_handoff(handoff: str, lab: PacketLab) ->
 
 def pinned(lab: PacketLab) -> list[Path]:
     return list((lab.bpffs / "sniroute").iterdir())
+
+
+MAX_PROBES = 1024
+"""Places that a router looks at for a free one: from the first, if it is the first one's."""
+
+
+def crowd_out(lab: PacketLab) -> None:
+    """
+    Have the next router find no room for its trial flow, until it takes over what others claimed.
+    """
+    (pins,) = pinned(lab)
+    with Packet(pins, MAX_OWNERS - 1, joins=True) as packet:
+        for number in range(MAX_PROBES):
+            flow = packet.flow(number)
+            if flow.state == State.FREE:
+                flow.owner = packet.owner
+                flow.state = State.CLAIMED
+
+
+def test_flows_are_seen_off_by_a_router_that_fails_its_trial(lab: PacketLab) -> None:
+    """
+    One whose self-test fails takes over what is under way, but no more, as the log says.
+
+    With the last flow all that is pinned goes.
+    """
+    with ExitStack() as stack, House.running(lab) as house:
+        pairs = [stack.enter_context(house.joined(version)) for version in (4, 6)]
+        wait_for("all noted", lambda: lab.notes() == len(pairs))
+        house.sniroute.kill()
+        crowd_out(lab)
+        with lab.product("--handoff", "auto", routes=write_routes(house.app)) as next_one:
+            (ready,) = [line for line in next_one.log() if line["event"] == "router ready"]
+            adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
+            with house.joined() as ends:
+                exchange(ends, 1000)
+            for ends in pairs:
+                exchange(ends, PIECE)
+            with pytest.raises(HarnessError, match="not in use here: self-test: refused: full"):
+                next_one.command("packet", "on")
+            for ends in pairs:
+                reset(ends[0])
+
+                assert ended_by_reset(ends[1])
+
+            wait_for("all told of", lambda: len(told(next_one)) == len(pairs) + 1)
+            wait_for("nothing pinned", lambda: not pinned(lab), timeout=QUARANTINE)
+            lines = told(next_one)
+
+    assert len(pairs) == adopted
+    assert "sockmap" == ready["handoff"]
+    assert "no packets: self-test: refused: full" in ready["reason"]
+    assert Counter({HANDOFF: len(pairs), "sockmap": 1}) == Counter(x["handoff"] for x in lines)
+
+
+def test_a_router_that_must_hand_over_and_can_not_leaves_flows_alone(lab: PacketLab) -> None:
+    """
+    It does not start, and the one that does knows what was under way before.
+    """
+    with House.running(lab) as house, house.joined() as ends:
+        exchange(ends, 1000)
+        house.sniroute.kill()
+        crowd_out(lab)
+        with pytest.raises(HarnessError, match="ended with 1"):
+            lab.product(routes=write_routes(house.app))
+        exchange(ends, PIECE)
+        with lab.product("--handoff", "sockmap", routes=write_routes(house.app)) as next_one:
+            adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
+            exchange(ends, PIECE)
+
+    assert 1 == adopted
 
 
 # --- killed at any instant ---
