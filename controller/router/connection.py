@@ -369,6 +369,9 @@ class Connection:
         address = backend_address(self.address, backend.port)
         source = socket_address(*self.client) if self.choice.transparent else b""
         like, port = self._router.likeness(self, self._ports_tried)
+        if not port:
+            # the kernel has tried them all
+            self._ports_tried = PORT_TRIES
         DIAL.pack_into(dials, at, address, source, len(address), like, port)
 
     def on_dialled(self, fd: int, connected: int) -> None:

@@ -39,6 +39,7 @@ def machine(chosen: list[Contestant], *, rps: bool) -> dict[str, Any]:
         "congestion_control": run("sysctl", "-n", "net.ipv4.tcp_congestion_control").strip(),
         "rps": "on" if rps else "off",
         "openssl": ssl.OPENSSL_VERSION,
+        "python": platform.python_version(),
         "versions": {"sniroute": product or "unknown", **versions},
     }
 
