@@ -286,6 +286,7 @@ class PacketHandoff(Handoff):
                 self._guarded(flow, flow.look)
         self._look_at_waiting(now)
         self._reap(QUARANTINE)
+        self._crowd = max(CROWDED, len(self._over))
         drained = not (self.is_on or self.detached or self.packet.numbers())
         if drained and self.packet.is_alone():
             self.detached = True
