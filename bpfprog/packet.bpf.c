@@ -1151,11 +1151,15 @@ int ingress(struct __sk_buff *skb)
 
 /* --- out --- */
 
-/* The hello, of which the backend's leg is answerable.  Returns what becomes of the packet. */
+/* The hello, of which the backend's leg is answerable, or a question for a window in which to send
+ * it.  Returns what becomes of the packet.
+ */
 static __always_inline int let_hello(struct __sk_buff *skb, struct flow *flow,
 				     const struct packet *packet)
 {
 	void *data, *data_end;
+	const struct way *client = &flow->ways[CLIENT_END];
+	__be32 ack = bpf_htonl(client->acked + client->ack);
 	__u32 l4 = packet->l4;
 	struct tcp *tcp;
 	__be32 *word;
@@ -1172,6 +1176,12 @@ static __always_inline int let_hello(struct __sk_buff *skb, struct flow *flow,
 		return DROP;
 	if (bpf_ntohl(tcp->seq) + packet->payload == flow->hello_end)
 		flow->hello_sent = 1;
+	/* What the socket has taken in passing is one of the network's losses: only what the client
+	 * has acknowledged is.
+	 */
+	sum += (__u32)~tcp->ack;
+	sum += ack;
+	tcp->ack = ack;
 	/* its router has ended: the kernel goes on to send the hello, and the client will end */
 	if (tcp->flags & FIN) {
 		__be16 was = *((__be16 *)tcp + 6);
@@ -1189,8 +1199,7 @@ static __always_inline int let_hello(struct __sk_buff *skb, struct flow *flow,
 		sum += (__u32)~was;
 		sum += is;
 	}
-	if (sum)
-		bpf_l4_csum_replace(skb, l4 + offsetof(struct tcp, check), 0, fold32(sum), 0);
+	bpf_l4_csum_replace(skb, l4 + offsetof(struct tcp, check), 0, fold32(sum), 0);
 	return NEXT;
 }
 
@@ -1231,11 +1240,9 @@ int egress(struct __sk_buff *skb)
 	default:
 		return NEXT;
 	}
-	if (packet.payload && end == BACKEND_END)
+	if (end == BACKEND_END &&
+	    (packet.payload || (!flow->hello_sent && !(packet.flags & (FIN | RST)))))
 		return let_hello(skb, flow, &packet);
-	/* to ask for a window in which to send it */
-	if (end == BACKEND_END && !flow->hello_sent && !(packet.flags & (FIN | RST)))
-		return NEXT;
 	/* Its router has ended.  Without a hello nothing will ever come of this flow. */
 	if (packet.flags & (FIN | RST) && !flow->hello_sent) {
 		end_flow(flow, number, FLOW_RESET, EVENT_ABANDONED, end);
