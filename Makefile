@@ -105,7 +105,7 @@ bench-quick: $(VENV)/.test ## Ratios to direct, HAProxy and nginx, in one run
 bench-check: $(VENV)/.test ## Fail where those ratios fall below their floors (what CI runs of it)
 	$(ROOT) env PYTHONPATH=tests $(BIN)/python -m bench.quick --floors-only --check $(ARGS)
 
-bench: $(VENV)/.test ## The same beside every peer, under every load (WHAT=... for one; about 35 minutes)
+bench: $(VENV)/.test ## The same beside every peer, under every load (WHAT=... for one; about 30 minutes)
 	$(call packages,$(BENCH_PACKAGES))
 	$(BIN)/pip install -q --group bench
 	$(ROOT) env PYTHONPATH=tests $(BIN)/python -m bench $(WHAT) $(ARGS)
