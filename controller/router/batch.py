@@ -50,7 +50,7 @@ class Batch:
 
     def dial(self, connection: "Connection") -> None:
         """
-        Have *connection* dial its backend, at the end of this round at the latest.
+        Have *connection* dial its backend, before the loop waits again.
         """
         self._wait_for(self._to_dial, connection)
 
@@ -102,7 +102,7 @@ class Batch:
             taken: Sequence[Flow | Exception]
             try:
                 taken = handoff.take_all([offer for _, offer in offers])
-            except Exception as err:  # noqa: BLE001 - as in the loop: each is told, and cut
+            except Exception as err:  # noqa: BLE001 - before any was taken: all are cut
                 taken = [err] * len(offers)
             for (connection, _), one in zip(offers, taken, strict=True):
                 guard(connection.on_taken, handoff, one)

@@ -94,19 +94,20 @@ class Handoff:
 
     name: ClassVar[str]
 
-    def take_all(self, offers: "Sequence[Offer]") -> "list[Flow | Refused | OSError]":
+    def take_all(self, offers: "Sequence[Offer]") -> "list[Flow | Exception]":
         """
         Take pairs of sockets and move their bytes.
 
         Returns:
-            For each a flow; or that another hand-off is needed; or that the backend takes nothing,
-            and the client's socket is as it was.
+            For each a flow; or a `Refused`, if another hand-off is needed; or an OSError, if the
+            backend takes nothing, and the client's socket is as it was; or a fault of ours, after
+            which nothing but the two sockets is left.
         """
-        taken: list[Flow | Refused | OSError] = []
+        taken: list[Flow | Exception] = []
         for offer in offers:
             try:
                 taken.append(self.take(offer))
-            except (Refused, OSError) as err:
+            except Exception as err:  # noqa: BLE001 - told to whose pair it is
                 taken.append(err)
         return taken
 

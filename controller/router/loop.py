@@ -66,9 +66,7 @@ class Loop:
         self.epoll_fd = self._epoll.fileno()
         self._timers: list[Timer] = []
         self._soon: list[Callable[[], None]] = []
-        self._closing: list[int] = []
-        self._resetting: list[int] = []
-        self._vanishing: list[int] = []
+        self._given_up: dict[int, int] = {}
         self._asked: deque[Callable[[], None]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.handlers: dict[int, Handler] = {}
@@ -102,15 +100,18 @@ class Loop:
         """
         Close *fd* at the end of this round, with a RST if *reset*.
         """
-        self.handlers.pop(fd, None)
-        (self._resetting if reset else self._closing).append(fd)
+        self._give_up(fd, lib.CLOSE_RESET if reset else lib.CLOSE)
 
     def vanish(self, fd: int) -> None:
         """
         Close *fd* at the end of this round, and send nothing.
         """
+        self._give_up(fd, lib.CLOSE_SILENT)
+
+    def _give_up(self, fd: int, how: int) -> None:
         self.handlers.pop(fd, None)
-        self._vanishing.append(fd)
+        # who is cut by a fault may have given it up before
+        self._given_up.setdefault(fd, how)
 
     def later(self, seconds: float, action: Callable[[], None]) -> Timer:
         """
@@ -215,18 +216,14 @@ class Loop:
         return wait if patience is None else min(wait, patience)
 
     def _end_round(self) -> None:
-        for fds, how in (
-            (self._closing, lib.CLOSE),
-            (self._resetting, lib.CLOSE_RESET),
-            (self._vanishing, lib.CLOSE_SILENT),
-        ):
-            if fds:
-                # a descriptor that is none was closed twice: the number may be another's by now
-                if (error := -lib.close_all(fds, len(fds), how)) == errno.EBADF:
-                    raise OSError(error, os.strerror(error))
-                if error:
-                    log.error("sockets not silenced", error=os.strerror(error))
-                fds.clear()
+        given_up, self._given_up = self._given_up, {}
+        for how in set(given_up.values()):
+            fds = [fd for fd in given_up if given_up[fd] == how]
+            # a descriptor that is none was closed twice: the number may be another's by now
+            if (error := -lib.close_all(fds, len(fds), how)) == errno.EBADF:
+                raise OSError(error, os.strerror(error))
+            if error:
+                log.error("sockets not silenced", error=os.strerror(error))
         for action in self.round_ends:
             self.guard(action)
 

@@ -44,7 +44,7 @@ SETTLED: Final = 1.0
 """Seconds that it has to be at least: a thousand times what a processor is at work on a packet."""
 
 REAPED_TOGETHER: Final = 64
-"""Flows that are freed at once then."""
+"""Flows that end before it is looked again for some to free, while there is a crowd."""
 
 NOTE_AFTER: Final = 1.0
 """Seconds that a connection must have lasted to be worth a note."""
@@ -110,7 +110,7 @@ class PacketHandoff(Handoff):
 
     # --- new flows ---
 
-    def take_all(self, offers: Sequence[Offer]) -> list[Flow | Refused | OSError]:
+    def take_all(self, offers: Sequence[Offer]) -> list[Flow | Exception]:
         """
         Make one connection of each two.
         """
@@ -120,7 +120,7 @@ class PacketHandoff(Handoff):
 
     def install(
         self, offers: Sequence[Offer], *, anywhere: bool = False
-    ) -> "list[PacketFlow | Refused]":
+    ) -> "list[PacketFlow | Exception]":
         """
         Make flows, as `take_all` does; *anywhere* is for a trial.
         """
@@ -131,10 +131,23 @@ class PacketHandoff(Handoff):
         installed = self.packet.install(pairs, first, anywhere=anywhere)
         return [self._begin(offer, result) for offer, result in zip(offers, installed, strict=True)]
 
-    def _begin(self, offer: Offer, installed: Installed | str) -> "PacketFlow | Refused":
+    def _begin(self, offer: Offer, installed: Installed | str) -> "PacketFlow | Exception":
         if isinstance(installed, str):
             return Refused(installed)
-        number, sent, is_open = installed
+        try:
+            return self._stand_for(offer, *installed)
+        except Exception as err:  # noqa: BLE001 - the pair's, and none of the others'
+            self.packet.end(installed.number)
+            self.flows.pop(installed.number, None)
+            return err
+
+    def _stand_for(
+        self,
+        offer: Offer,
+        number: int,
+        sent: bool,  # noqa: FBT001 - as installed
+        is_open: bool,  # noqa: FBT001
+    ) -> "PacketFlow":
         flow = PacketFlow(self, number, (offer.client, offer.backend), offer.over)
         self._enter(flow)
         self.loop.handlers.pop(offer.backend, None)

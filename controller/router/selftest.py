@@ -211,7 +211,7 @@ class _PacketTrial(_Trial):
         legs = [(end.getpeername(), end.getsockname()) for end in (near, far)]
         offer = Offer(near.fileno(), far.fileno(), self._on_over)
         (flow,) = handoff.install([offer], anywhere=True)
-        if isinstance(flow, Refused):
+        if isinstance(flow, Exception):
             raise SelfTestFailed(f"refused: {flow}")
         self._flow = flow
         self._wait(lambda: _peek(self._backend) == HELLO, "the hello did not arrive")

@@ -60,7 +60,7 @@ class SockmapHandoff(Handoff):
         loop.round_ends.append(self._leave)
         loop.watch(splice.events_fd, select.EPOLLIN, self._on_events)
 
-    def take_all(self, offers: Sequence[Offer]) -> list[Flow | Refused | OSError]:
+    def take_all(self, offers: Sequence[Offer]) -> list[Flow | Exception]:
         """
         Send the hellos on and join the sockets.
         """
@@ -73,7 +73,7 @@ class SockmapHandoff(Handoff):
             if size >= 0
         ]
         joins = zip(pairs, self.splice.join(pairs, self._limit), strict=True)
-        taken: list[Flow | Refused | OSError] = [
+        taken: list[Flow | Exception] = [
             OSError(-size, os.strerror(-size))
             if size < 0
             else self._begin(offer, size, *next(joins))
@@ -103,7 +103,7 @@ class SockmapHandoff(Handoff):
 
     def _begin(
         self, offer: Offer, sent: int, pair: tuple[int, int, int], joined: Joined
-    ) -> "SockmapFlow | Refused":
+    ) -> "SockmapFlow | Exception":
         client, backend, number = pair
         result, cookies = joined
         if result < 0:
@@ -115,7 +115,11 @@ class SockmapHandoff(Handoff):
             leave = partial(self._left.append, (number, cookies))
             return Refused("backend_ended", leave, _after(offer.prelude, sent))
         passed = offer.prelude, sent
-        flow = SockmapFlow(self, (client, backend), offer.over, (number, cookies), passed)
+        try:
+            flow = SockmapFlow(self, (client, backend), offer.over, (number, cookies), passed)
+        except Exception as err:  # noqa: BLE001 - the pair's, whose sockets are closed this round
+            self._left.append((number, cookies))
+            return err
         self._flows[number] = flow
         return flow
 

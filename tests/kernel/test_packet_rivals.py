@@ -60,7 +60,8 @@ def test_no_processor_overlooks_what_another_has_noted(lab: PacketLab) -> None:
         )
         client.sendall(HELLO)
         wait_for("the hello", lambda: near.recv(9, socket.MSG_PEEK) == HELLO)
-        number, sent, _ = packet.install(near.fileno(), far.fileno(), 1, anywhere=True)
+        pairs = [(near.fileno(), far.fileno(), False)]
+        ((number, sent, _),) = packet.install(pairs, 1, anywhere=True)
         way = packet.flow(number).ways[0]
         first, before = way.next, way.bytes
         segment = Segment.expected(client).but(flags=PSH | ACK, payload=b"x")

@@ -196,6 +196,35 @@ def test_the_end_of_a_round_comes_after_the_closing(loop: Loop, pair: Pair) -> N
     assert [b""] == seen
 
 
+def test_a_socket_that_is_given_up_twice_is_closed_once(loop: Loop, pair: Pair) -> None:
+    """
+    A fault in what follows a close has the connection cut: its number must not meet another's.
+    """
+    near, far = pair
+    number = near.detach()
+    loop.close(number)
+    loop.close(number, reset=True)
+    loop.vanish(number)
+
+    loop.turn(0)
+
+    assert b"" == far.recv(1)
+
+
+def test_a_descriptor_that_is_none_is_no_small_matter(loop: Loop, pair: Pair) -> None:
+    """
+    Whoever closes a number that was closed in an earlier round may meet a stranger.
+    """
+    near, _ = pair
+    number = near.detach()
+    loop.close(number)
+    loop.turn(0)
+    loop.close(number)
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        loop.turn(0)
+
+
 def test_run_goes_on_until_stopping(loop: Loop, pair: Pair) -> None:
     """
     The loop ends with the round in which it was told to stop, closing what that round gave up.

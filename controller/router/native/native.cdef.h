@@ -16,7 +16,7 @@ enum hello_status {
 
 enum { EXT_SERVER_NAME, EXT_ALPN, EXT_VERSIONS, EXT_ECH, N_EXTENSIONS };
 
-/* the body of an extension, as OpenSSL framed it, until the next peek; NULL: absent */
+/* the body of an extension, as OpenSSL framed it, until the next accept, or peek; NULL: absent */
 struct extension {
 	const char *body;
 	size_t size;
