@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -335,25 +334,25 @@ def traced(pid: int, log: Path) -> Iterator[None]:
     Have strace write to *log* each call of *pid* that could move bytes.
     """
     command = (find_program("strace", "strace"), "-f", "-p", str(pid), "-e", f"trace={MOVERS}")
-    threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-    with subprocess.Popen([*command, "-o", str(log)], stderr=subprocess.PIPE) as strace:
-        assert strace.stderr is not None
-        said = b""
-        while said.count(b"attached") < 1 or tracers(pid) < threads:
-            ready, _, _ = select.select([strace.stderr], [], [], 10)
-            assert ready or tracers(pid) == threads, f"strace does not attach: {said!r}"
-            said += os.read(strace.stderr.fileno(), 4096) if ready else b""
-        yield
-        strace.send_signal(signal.SIGINT)
-        strace.communicate(timeout=10)
+    with subprocess.Popen([*command, "-o", str(log)], stderr=subprocess.DEVNULL) as strace:
+        try:
+            wait_for("strace at every thread", lambda: is_traced(pid))
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)
+            strace.wait(timeout=10)
 
 
-def tracers(pid: int) -> int:
+def is_traced(pid: int) -> bool:
     """
-    Count the threads of *pid* that are being traced.
+    Whether all threads of *pid* that there are now are being traced.
     """
-    statuses = [t / "status" for t in Path(f"/proc/{pid}/task").iterdir()]
-    return sum("TracerPid:\t0\n" not in status.read_text() for status in statuses)
+    try:
+        statuses = [(t / "status").read_text() for t in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        # one has ended meanwhile
+        return False
+    return all("TracerPid:\t0\n" not in status for status in statuses)
 
 
 @pytest.mark.parametrize("source", list(Side), ids=["upload", "download"])

@@ -165,7 +165,7 @@ static int bind_port(int fd, struct sockaddr_storage *address, int size, int por
 static int take_port(int fd, int family, int size, int port, bool is_kernels)
 {
 	struct sockaddr_storage anywhere = { .ss_family = family };
-	uint32_t range = port << 16 | port;
+	uint32_t range = (uint32_t)port << 16 | port;
 
 	if (is_kernels && !setsockopt(fd, IPPROTO_IP, LOCAL_PORT_RANGE, &range, sizeof(range)))
 		return 0;
