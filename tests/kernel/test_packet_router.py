@@ -34,12 +34,14 @@ from harness.packet_lab import (
     PATIENCE,
     QUARANTINE,
     VERSIONS,
+    Ends,
     House,
     PacketLab,
     exchange,
     told,
     write_routes,
 )
+from harness.product import Sniroute
 from harness.tools import HarnessError, run, wait_for
 from harness.transfer_promises import BLOCK
 
@@ -211,23 +213,35 @@ def test_flows_are_seen_off_without_the_handoff(handoff: str, lab: PacketLab) ->
         house.sniroute.kill()
         with lab.product("--handoff", handoff, routes=write_routes(house.app)) as next_one:
             adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
-            with house.joined() as ends:
-                exchange(ends, 1000)
-            for ends in pairs:
-                exchange(ends, PIECE)
-            with pytest.raises(HarnessError, match="not in use here: not asked for"):
-                next_one.command("packet", "on")
-            for ends in pairs:
-                reset(ends[0])
-
-                assert ended_by_reset(ends[1])
-
-            wait_for("all told of", lambda: len(told(next_one)) == len(pairs) + 1)
-            wait_for("nothing pinned", lambda: not pinned(lab), timeout=QUARANTINE)
-            lines = told(next_one)
+            lines = see_off(house, pairs, next_one, "not asked for")
 
     assert len(pairs) == adopted
     assert Counter({HANDOFF: len(pairs), handoff: 1}) == Counter(x["handoff"] for x in lines)
+
+
+def see_off(house: House, pairs: list[Ends], router: Sniroute, reason: str) -> list[dict[str, Any]]:
+    """
+    Have *router*, which does not hand over as packets for *reason*, serve one more connection.
+
+    Those of *pairs*, which an earlier one has left, go on, and end; then nothing is pinned.
+
+    Returns:
+        The lines of the log of all.
+    """
+    with house.joined() as ends:
+        exchange(ends, 1000)
+    for ends in pairs:
+        exchange(ends, PIECE)
+    with pytest.raises(HarnessError, match=f"not in use here: {reason}"):
+        router.command("packet", "on")
+    for ends in pairs:
+        reset(ends[0])
+
+        assert ended_by_reset(ends[1])
+
+    wait_for("all told of", lambda: len(told(router)) == len(pairs) + 1)
+    wait_for("nothing pinned", lambda: not pinned(house.lab), timeout=QUARANTINE)
+    return told(router)
 
 
 def pinned(lab: PacketLab) -> list[Path]:
@@ -265,20 +279,7 @@ def test_flows_are_seen_off_by_a_router_that_fails_its_trial(lab: PacketLab) -> 
         with lab.product("--handoff", "auto", routes=write_routes(house.app)) as next_one:
             (ready,) = [line for line in next_one.log() if line["event"] == "router ready"]
             adopted = next_one.metric(ACTIVE, handoff=HANDOFF)
-            with house.joined() as ends:
-                exchange(ends, 1000)
-            for ends in pairs:
-                exchange(ends, PIECE)
-            with pytest.raises(HarnessError, match="not in use here: self-test: refused: full"):
-                next_one.command("packet", "on")
-            for ends in pairs:
-                reset(ends[0])
-
-                assert ended_by_reset(ends[1])
-
-            wait_for("all told of", lambda: len(told(next_one)) == len(pairs) + 1)
-            wait_for("nothing pinned", lambda: not pinned(lab), timeout=QUARANTINE)
-            lines = told(next_one)
+            lines = see_off(house, pairs, next_one, "self-test: refused: full")
 
     assert len(pairs) == adopted
     assert "sockmap" == ready["handoff"]
