@@ -22,7 +22,7 @@ from bpfprog import MAX_CONNECTIONS, MAX_OWNERS
 from controller.core.routes import HANDOFFS, Backend, Route, RouteTable
 from controller.core.session import BACKEND, CLIENT
 from controller.log import connection as write_line
-from controller.router._native import ffi
+from controller.router._native import ffi, lib
 from controller.router.address import pack
 from controller.router.adopted import Adopted
 from controller.router.batch import Batch
@@ -112,6 +112,7 @@ class Router:
         self.accept_error: Any = ffi.new("int *")
         self.reading: Any = ffi.new("struct reading *")
         self.batch = Batch(self)
+        loop.round_ends.append(lib.hello_restock)
         self.looked_at: Any = ffi.new("const unsigned char **")
         self.trusts = _membership(settings.proxy_protocol_from)
         self.draining = False

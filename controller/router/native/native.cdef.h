@@ -48,6 +48,7 @@ struct arrival {
 int hello_init(void);
 struct hello *hello_new(void);
 void hello_free(struct hello *hello);
+void hello_restock(void);
 void hello_peek(struct hello *hello, int fd, size_t limit, struct reading *reading);
 
 void wait_for_bytes(int fd, int need);
