@@ -241,6 +241,8 @@ class Connection:
         if header.source is not None:
             self.client = pack(header.source)
         self._hello_reader = lib.hello_new()
+        if self._hello_reader == ffi.NULL:
+            raise MemoryError
         self._peek()
 
     def _on_header(self, events: int) -> None:

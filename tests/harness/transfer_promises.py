@@ -32,7 +32,6 @@ from harness.ends import (
 )
 from harness.loopback import Product
 from harness.promises import Promises
-from harness.sockets import info
 from harness.tools import wait_for
 
 ROUNDS: Final = 200
@@ -242,17 +241,6 @@ class TransferPromises(Promises):
 
                 assert read_all(end) == BLOCK[:50_000]
                 assert read_all(client) == BLOCK[:50_000]
-
-    def test_the_hello_acknowledges_the_backend(self, product: Product, backend: Backend) -> None:
-        """
-        A backend that has accepted hears next of the hello: no packet comes to acknowledge alone.
-        """
-        with self.at_home():
-            plain = dial(backend.address)
-        with plain, backend.accept() as end:
-            usual = info(end).segs_in
-        with connection(product.listen, backend) as (_, end):
-            assert usual - 1 == info(end).segs_in
 
     def test_a_backend_that_is_gone(self) -> None:
         """

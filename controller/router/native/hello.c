@@ -9,8 +9,8 @@
 
 enum { RECORD_HEADER = 5 }; /* RFC 8446, section 5.1: type, version, length */
 
-/* Hellos that are made while nobody waits, and those done with that are freed then: as many as
- * connections that a browser opens at once, and a few, of 25 kB each.
+/* hellos that are made ahead, and those done with: as many as connections that a browser opens at
+ * once, and a few, of 25 kB each
  */
 enum { SPARES = 8 };
 
@@ -65,8 +65,11 @@ static int on_hello(SSL *ssl, int *alert, void *arg)
 	return SSL_CLIENT_HELLO_RETRY;
 }
 
+/* Returns 0 or -1.  The first call counts. */
 int hello_init(void)
 {
+	if (hello_ctx)
+		return 0;
 	hello_ctx = SSL_CTX_new(TLS_server_method());
 	hello_index = SSL_get_ex_new_index(0, NULL, NULL, NULL, NULL);
 	if (!hello_ctx || hello_index < 0)
@@ -83,6 +86,12 @@ int hello_init(void)
 	return 0;
 }
 
+static void hello_destroy(struct hello *hello)
+{
+	SSL_free(hello->ssl);
+	free(hello);
+}
+
 static struct hello *hello_make(void)
 {
 	struct hello *hello = calloc(1, sizeof(*hello));
@@ -96,22 +105,19 @@ static struct hello *hello_make(void)
 	if (!hello->ssl || !in || !out) {
 		BIO_free(in);
 		BIO_free(out);
-		SSL_free(hello->ssl);
-		free(hello);
+		hello_destroy(hello);
 		return NULL;
 	}
 	SSL_set_bio(hello->ssl, in, out);
 	SSL_set_accept_state(hello->ssl);
-	SSL_set_ex_data(hello->ssl, hello_index, hello);
+	ERR_clear_error();
 	/* nothing is there to be read yet: it gets as far as its buffers */
-	SSL_do_handshake(hello->ssl);
+	if (!SSL_set_ex_data(hello->ssl, hello_index, hello) ||
+	    SSL_get_error(hello->ssl, SSL_do_handshake(hello->ssl)) != SSL_ERROR_WANT_READ) {
+		hello_destroy(hello);
+		return NULL;
+	}
 	return hello;
-}
-
-static void hello_destroy(struct hello *hello)
-{
-	SSL_free(hello->ssl);
-	free(hello);
 }
 
 struct hello *hello_new(void)
@@ -127,8 +133,9 @@ void hello_free(struct hello *hello)
 		hello_destroy(hello);
 }
 
-/* Make for the next clients what these had, which wait for nothing any more: on a quiet machine,
- * where code of OpenSSL is in no cache, a third of the time that a hello takes.
+/* Free the hellos that are done with, and make as many anew, between two rounds: on a quiet
+ * machine, where OpenSSL's code is in no cache, that takes half of the time from the accept to the
+ * name.
  */
 void hello_restock(void)
 {

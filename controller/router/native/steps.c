@@ -4,7 +4,7 @@
 /* linux/in.h, since Linux 6.3 */
 #define LOCAL_PORT_RANGE 51
 
-static const int on = 1, off;
+static const int on = 1;
 
 /* --- the client's side: accept, peek, refuse --- */
 
@@ -250,11 +250,6 @@ static int dial(const struct dialler *dialler, struct dial *dial)
 		return -errno;
 	event.data.fd = fd;
 	err = socket_options(fd, dialler->receive_buffer, dialler->keepalive_idle);
-	/* the hello, which follows at once, is to acknowledge the SYN-ACK: one packet less, and the
-	 * backend wakes up once (tcp_rcv_synsent_state_process)
-	 */
-	if (!err && setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &off, sizeof(off)))
-		err = -errno;
 	if (!err && dial->like >= 0)
 		err = resemble(fd, dial->like);
 	if (!err && client->sa_family)
