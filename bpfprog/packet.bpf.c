@@ -1138,9 +1138,10 @@ int ingress(struct __sk_buff *skb)
 		if (!behind(flow->hello_end, packet.ack) && has_sent(flow, end, packet.ack) &&
 		    leave(flow, FLOW_HELLO, FLOW_OPEN) && *(volatile __u8 *)&flow->awaited)
 			tell_of(flow, number, EVENT_ACKED, end);
-		/* what the router sent is acknowledged to the router */
+		/* what the router sent is acknowledged to the router, by a SYN-ACK sent again as
+		 * well */
 		if (!behind(packet.ack, flow->hello_end) && !packet.payload &&
-		    !(packet.flags & (FIN | SYN | RST))) {
+		    !(packet.flags & (FIN | RST))) {
 			if (behind(packet.ack, flow->ways[BACKEND_END].acked))
 				flow->ways[BACKEND_END].acked = packet.ack;
 			return NEXT;

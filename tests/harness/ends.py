@@ -64,10 +64,17 @@ class Backend:
         Take the next connection, which must begin with *hello*, or with the usual one.
         """
         hello = hello or self._hello
-        end, _ = self._listener.accept()
-        end.settimeout(PATIENCE)
+        end = self.take()
         if (got := read_exactly(end, len(hello))) != hello:
             raise HarnessError(f"no hello at the backend but {got[:64]!r}")
+        return end
+
+    def take(self) -> socket.socket:
+        """
+        Take the next connection, whatever it begins with, and whenever.
+        """
+        end, _ = self._listener.accept()
+        end.settimeout(PATIENCE)
         return end
 
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, ClassVar, Self
 
@@ -65,6 +65,9 @@ class PacketLab(Lab):
 
     def __init__(self) -> None:
         super().__init__()
+        # for clients, none twice, and none that the kernel gives to others: a connection's line in
+        # the log is found by its client's port
+        self.ports = iter(range(10000, 32768))
         with ExitStack() as undo:
             undo.push(self._undo)
             self.bpffs = self.share / "bpf"
@@ -181,9 +184,6 @@ class House:
     app: Container
     backends: dict[int, Backend]
     sniroute: Sniroute
-    ports: Iterator[int] = field(default_factory=lambda: iter(range(10000, 32768)))
-    """For clients, none twice: a line of the log is found by its client's.  Below what the kernel
-    gives to others."""
 
     @classmethod
     @contextmanager
@@ -223,7 +223,7 @@ class House:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
-            client.bind(source or ("", next(self.ports)))
+            client.bind(source or ("", next(self.lab.ports)))
             client.connect(address)
         except BaseException:
             client.close()
