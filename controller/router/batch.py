@@ -36,6 +36,7 @@ class Batch:
         self._loop = loop = router.loop
         self._to_dial: list[Connection] = []
         self._connected: list[Connection] = []
+        self._is_due = False
         self._dials: Any = ffi.new("struct dial[]", TOGETHER)
         self._buffer = ffi.buffer(self._dials)
         self._dialler: Any = ffi.new(
@@ -61,17 +62,23 @@ class Batch:
         self._wait_for(self._connected, connection)
 
     def _wait_for(self, step: "list[Connection]", connection: "Connection") -> None:
-        if not self._to_dial and not self._connected:
-            self._loop.soon(self.flush)
         step.append(connection)
+        if not self._is_due:
+            self._is_due = True
+            self._loop.soon(self.flush)
 
     def flush(self) -> None:
         """
         Make all steps that are due, and those that come of them.
         """
-        while self._to_dial or self._connected:
-            self._dial_all(_take_from(self._to_dial))
-            self._hand_over_all(_take_from(self._connected))
+        # what comes of a step is made here as well
+        self._is_due = True
+        try:
+            while self._to_dial or self._connected:
+                self._dial_all(_take_from(self._to_dial))
+                self._hand_over_all(_take_from(self._connected))
+        finally:
+            self._is_due = False
 
     def _dial_all(self, connections: "list[Connection]") -> None:
         guard = self._loop.guard

@@ -137,9 +137,20 @@ class PacketHandoff(Handoff):
         try:
             return self._stand_for(offer, *installed)
         except Exception as err:  # noqa: BLE001 - the pair's, and none of the others'
-            self.packet.end(installed.number)
-            self.flows.pop(installed.number, None)
+            self._undo(installed.number)
             return err
+
+    def _undo(self, number: int) -> None:
+        """
+        Give a flow up that was installed, and begun as far as may be.
+        """
+        self.packet.end(number)
+        flow = self.flows.get(number)
+        if flow is None:
+            self._over.append((self.loop.now, number, self.packet.flow(number).serial))
+        else:
+            self.without_sockets -= flow.without_sockets
+            self.gone(flow)
 
     def _stand_for(
         self,
@@ -160,9 +171,9 @@ class PacketHandoff(Handoff):
         return flow
 
     def _enter(self, flow: "PacketFlow") -> None:
-        self.flows[flow.number] = flow
         flow.entry = self.packet.entry(flow.number)
         self.ports.take(flow.entry)
+        self.flows[flow.number] = flow
 
     def note_later(self, connection: "Connection") -> None:
         """

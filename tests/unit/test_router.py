@@ -2,15 +2,17 @@
 What a router decides for its connections, without a socket.
 """
 
+import errno
 from collections.abc import Sequence
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from controller.router._native import ffi
 
 from controller.core.routes import Backend, Route, RouteTable
 from controller.router.adopted import Adopted
-from controller.router.connection import Connection, Hello
+from controller.router.connection import DIAL, PORT_TRIES, Connection, Hello
 from controller.router.flow import Flow, Handoff
 from controller.router.loop import Loop
 from controller.router.note import write_note
@@ -70,6 +72,28 @@ def test_the_ladder_begins_where_the_backend_wishes(
     wishing = connection(router, backend)
 
     assert expected == [rung.name for rung in router.ladder if wishing.may_have(rung)]
+
+
+def test_a_port_of_anothers_is_passed_over_so_often(router: Router) -> None:
+    """
+    After PORT_TRIES ports of ours the kernel chooses one; after that it is the next backend's turn.
+    """
+    dialling: Any = SimpleNamespace(dial=lambda _: None)
+    choosing: Any = SimpleNamespace(are_apart=False, choose=lambda _: 5000)
+    router.batch, router.packet = dialling, SimpleNamespace(is_on=True, ports=choosing)
+    first, second = (Backend(name, "docker", "198.51.100.2", 443) for name in ("first", "second"))
+    client = connection(router, first)
+    client.route = Route("app.example.com", (first, second))
+    client._tries = [second]  # noqa: SLF001 - as when the first is dialled
+    dials = bytearray(DIAL.size)
+    asked = []
+    for _ in range(PORT_TRIES + 2):
+        client.write_dial(dials, 0)
+        asked.append((client.backend, DIAL.unpack(dials)[-1]))
+        client.on_dialled(-errno.EADDRINUSE, 0)
+
+    assert [*[(first, 5000)] * PORT_TRIES, (first, 0), (second, 5000)] == asked
+    assert {("app.example.com", "eaddrinuse"): 1} == router.stats.connect_errors
 
 
 class HeldFlow(Flow):
