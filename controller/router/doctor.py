@@ -59,6 +59,7 @@ from controller.router.plumbing import (
     read_rules,
     routing,
 )
+from controller.router.ports import find_range
 from controller.router.probe import probe as try_probe
 from controller.router.relay import RelayHandoff
 from controller.router.selftest import SelfTestFailed, prove, prove_packet
@@ -142,7 +143,7 @@ def _checks(settings: RouterSettings) -> Iterator[Check]:
     if settings.handoff != HandoffChoice.RELAY:
         yield from (jit, type_information, program, sockmap)
     if settings.handoff in (HandoffChoice.AUTO, HandoffChoice.PACKET):
-        yield from (bpffs, packet, devices, forwarding, leftovers)
+        yield from (bpffs, packet, devices, forwarding, ports, leftovers)
     yield from (relay, steering)
     if settings.client_ip != ClientIp.OFF:
         yield from (plumbing, conflicts, probe, reverse_path)
@@ -434,6 +435,25 @@ def forwarding(host: Host) -> Finding:
         )
     detail = f"on, but for IPv6 on {_names(v6)}" if v6 else "on"
     return Finding(check, State.FINE, detail)
+
+
+def ports(_: Host) -> Finding:
+    """
+    See whether the kernel leaves ports to dial from, where no one else comes upon them.
+    """
+    check = "ports"
+    ours, are_apart = find_range()
+    numbers = f"{ours.start} to {ours.stop - 1}"
+    if are_apart:
+        return Finding(check, State.FINE, f"{numbers} are for connections handed over as packets")
+    return Finding(
+        check,
+        State.DEGRADED,
+        f"net.ipv4.ip_local_port_range is {numbers}, and leaves none: what else on this host dials"
+        " a backend may be given the port of a connection handed over as packets, and then gets"
+        " no answer",
+        'sysctl -w net.ipv4.ip_local_port_range="32768 60999"',
+    )
 
 
 def leftovers(host: Host) -> Finding:

@@ -3,6 +3,7 @@
 """
 
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -233,6 +234,19 @@ def test_a_device_that_forwards_nothing_is_named(machine: Machine, flags: list[s
     assert {"packet forwarding": "degraded"} == told.but_fine()
     assert finding["detail"].startswith("off for IPv4 on two:")
     assert "sysctl -w net.ipv4.conf.all.forwarding=1" in finding["fix"]
+
+
+def test_a_port_range_that_leaves_none_is_told(machine: Machine, flags: list[str]) -> None:
+    """
+    Where the kernel gives all ports to anyone, it is degraded, until the fix is made.
+    """
+    machine.run("sysctl", "-qw", "net.ipv4.ip_local_port_range=1024 65535")
+    told = diagnose(machine, *flags)
+
+    assert {"ports": "degraded"} == told.but_fine()
+    assert "1024 to 65535" in told.findings["ports"]["detail"]
+    machine.run(*shlex.split(told.findings["ports"]["fix"]))
+    assert {} == diagnose(machine, *flags).but_fine()
 
 
 @pytest.mark.parametrize(
