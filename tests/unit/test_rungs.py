@@ -166,6 +166,28 @@ def offers() -> Iterator[list[Offer]]:
         yield pairs
 
 
+def test_a_hello_that_can_not_be_sent_ends_its_flow(
+    offers: list[Offer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The client's packets may have gone on already: nothing is left but to reset both ends.
+    """
+    client, backend, *_ = offers[0]
+    over: list[Any] = []
+    resets: list[tuple[int, int]] = []
+    programs = Programs(Installed(0, sent=False, is_open=False))
+    handoff = packets(programs)
+    monkeypatch.setattr(handoff, "reset", lambda *end: resets.append(end))
+
+    (flow,) = handoff.take_all([Offer(os.dup(client), os.dup(backend), over.append)])
+    handoff.loop.turn(0)
+
+    assert isinstance(flow, PacketFlow)
+    assert ([flow], "hello_unsent") == (over, flow.session.reason)
+    assert [0] == programs.ended
+    assert [(0, 0), (0, 1)] == resets
+
+
 def test_what_befalls_one_pair_of_a_sockmap(
     offers: list[Offer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
