@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import ssl
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -69,8 +70,14 @@ def seconds_from_start(engine: Engine, app: App, table: dict[str, Any]) -> float
     """
     when = datetime.fromisoformat(table["timestamp"]).timestamp()
     filters = {"container": app.container.id, "event": "start"}
-    events = engine.api.events(since=0, until=int(when) + 1, filters=filters, decode=True)
-    return when - max(event["timeNano"] / 1e9 for event in events)
+
+    def started() -> float | None:
+        # at a time that is past Podman stops before it has read what there is
+        until = int(time.time()) + 2
+        events = engine.api.events(since=0, until=until, filters=filters, decode=True)
+        return max((event["timeNano"] / 1e9 for event in events), default=None)
+
+    return when - wait_for("the event of a start", started)
 
 
 @EACH_HANDOFF
