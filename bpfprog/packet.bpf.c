@@ -1138,8 +1138,7 @@ int ingress(struct __sk_buff *skb)
 		if (!behind(flow->hello_end, packet.ack) && has_sent(flow, end, packet.ack) &&
 		    leave(flow, FLOW_HELLO, FLOW_OPEN) && *(volatile __u8 *)&flow->awaited)
 			tell_of(flow, number, EVENT_ACKED, end);
-		/* what the router sent is acknowledged to the router, by a SYN-ACK sent again as
-		 * well */
+		/* what answers the router is the router's, a SYN-ACK that is sent again too */
 		if (!behind(packet.ack, flow->hello_end) && !packet.payload &&
 		    !(packet.flags & (FIN | RST))) {
 			if (behind(packet.ack, flow->ways[BACKEND_END].acked))

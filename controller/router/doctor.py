@@ -59,7 +59,7 @@ from controller.router.plumbing import (
     read_rules,
     routing,
 )
-from controller.router.ports import find_range
+from controller.router.ports import ENOUGH, find_range
 from controller.router.probe import probe as try_probe
 from controller.router.relay import RelayHandoff
 from controller.router.selftest import SelfTestFailed, prove, prove_packet
@@ -439,7 +439,7 @@ def forwarding(host: Host) -> Finding:
 
 def ports(_: Host) -> Finding:
     """
-    See whether the kernel leaves ports to dial from, where no one else comes upon them.
+    See whether the kernel leaves enough ports to dial from, where no one else comes upon them.
     """
     check = "ports"
     ours, are_apart = find_range()
@@ -449,9 +449,9 @@ def ports(_: Host) -> Finding:
     return Finding(
         check,
         State.DEGRADED,
-        f"net.ipv4.ip_local_port_range is {numbers}, and leaves none: what else on this host dials"
-        " a backend may be given the port of a connection handed over as packets, and then gets"
-        " no answer",
+        f"net.ipv4.ip_local_port_range is {numbers}, and leaves fewer than {ENOUGH}: what else on"
+        " this host dials a backend may be given the port of a connection handed over as packets,"
+        " and then gets no answer",
         'sysctl -w net.ipv4.ip_local_port_range="32768 60999"',
     )
 

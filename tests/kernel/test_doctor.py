@@ -236,7 +236,7 @@ def test_a_device_that_forwards_nothing_is_named(machine: Machine, flags: list[s
     assert "sysctl -w net.ipv4.conf.all.forwarding=1" in finding["fix"]
 
 
-def test_a_port_range_that_leaves_none_is_told(machine: Machine, flags: list[str]) -> None:
+def test_a_port_range_that_leaves_too_few_is_told(machine: Machine, flags: list[str]) -> None:
     """
     Where the kernel gives all ports to anyone, it is degraded, until the fix is made.
     """
