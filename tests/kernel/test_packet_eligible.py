@@ -177,6 +177,21 @@ def test_a_backend_of_the_other_family_is_not(house: House) -> None:
 
 
 @VERSIONS
+def test_where_the_host_does_not_forward_nobody_is(version: int, house: House) -> None:
+    """
+    The kernel would route no packet of the client's on, so neither do we.
+    """
+    forwarding = f"net.ipv{version}.conf.out0.forwarding"
+    house.lab.host.run("sysctl", "-qw", f"{forwarding}=0")
+    try:
+        assert "forwarding_off" == refusal(house, version, house.lab.world)
+    finally:
+        house.lab.host.run("sysctl", "-qw", f"{forwarding}=1")
+    with house.spliced(version) as ends:
+        talk(ends)
+
+
+@VERSIONS
 def test_a_narrow_bridge_is_not_for_clients_that_were_told_more(version: int) -> None:
     """
     A client that may send what does not fit its backend's network is served by the next hand-off.

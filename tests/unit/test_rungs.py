@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bpfprog.packet import Installed
-from controller.router import packet, sockmap
+from controller.router import packet
 from controller.router.flow import Offer, Refused, forgotten
 from controller.router.loop import Loop
 from controller.router.packet import CROWDED, REAPED_TOGETHER, SETTLED, PacketFlow, PacketHandoff
@@ -121,7 +121,6 @@ def test_in_a_crowd_numbers_are_free_sooner() -> None:
     """
     programs = Programs()
     handoff = packets(programs)
-
     numbers = count()
 
     def end(flows: int, at: float) -> int:
@@ -159,7 +158,7 @@ def offers() -> Iterator[list[Offer]]:
             return far, near.fileno()
 
         pairs = []
-        for _ in range(4):
+        for _ in range(5):
             (client, here), (_, there) = connected(), connected()
             client.sendall(b"hello")
             pairs.append(Offer(here, there, forgotten))
@@ -192,8 +191,10 @@ def test_what_befalls_one_pair_of_a_sockmap(
     offers: list[Offer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    One is joined; the kernel refuses the second, the third has ended, the last meets a fault.
+    One is joined; the others' backend takes nothing, are refused, have ended, or meet a fault.
     """
+    with socket.socket(fileno=os.dup(offers[1].backend)) as broken_backend:
+        broken_backend.shutdown(socket.SHUT_WR)
     results = iter((0, -errno.E2BIG, 1, 0))
     left: list[int] = []
     splice: Any = SimpleNamespace(
@@ -206,17 +207,18 @@ def test_what_befalls_one_pair_of_a_sockmap(
     loop = Loop()
     handoff = SockmapHandoff(loop, splice, 1)
 
-    def stand_for(*words: Any) -> SockmapFlow:
-        if words[1] == offers[3][:2]:
-            raise ZeroDivisionError
-        return SockmapFlow(*words)
+    begin = SockmapFlow.__init__
 
-    with monkeypatch.context() as patch:
-        patch.setattr(sockmap, "SockmapFlow", stand_for)
-        patch.setattr(stand_for, "watch", SockmapFlow.watch, raising=False)
-        joined, full, ended, faulty = handoff.take_all(offers)
+    def stand_for(flow: SockmapFlow, *words: Any) -> None:
+        if words[1] == offers[4][:2]:
+            raise ZeroDivisionError
+        begin(flow, *words)
+
+    monkeypatch.setattr(SockmapFlow, "__init__", stand_for)
+    joined, broken, full, ended, faulty = handoff.take_all(offers)
 
     assert isinstance(joined, SockmapFlow)
+    assert isinstance(broken, BrokenPipeError)
     assert isinstance(faulty, ZeroDivisionError)
     for refused, why in ((full, "e2big"), (ended, "backend_ended")):
         assert isinstance(refused, Refused)
